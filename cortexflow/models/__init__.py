@@ -1,0 +1,1 @@
+"""Model families as graphs: one file per family, one per block that families share."""
