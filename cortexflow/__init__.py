@@ -1,0 +1,1 @@
+"""CortexFlow compiles Vision-Language-Action policies."""

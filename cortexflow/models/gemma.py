@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cortexflow.ir import Value, scope
+from cortexflow.ir import Value, named, scope
 from cortexflow.ir.ops import (
     act,
     add,
@@ -76,11 +76,10 @@ def adaptive_norm(t: Tower, p: Params, condition: Value) -> Norm:
 
     def apply(x: Value, name: str) -> tuple[Value, Value | None]:
         modulation = p.to("f32").at(f"{name}.dense").linear(condition, 3 * t.width, bias=True)
-        scale, shift, gate = (
-            slice_(modulation, axis=-1, start=i * t.width, stop=(i + 1) * t.width) for i in range(3)
-        )
+        scale, shift, gate = (slice_(modulation, axis=-1, start=i * t.width, stop=(i + 1) * t.width) for i in range(3))
         scale = add(scale, scalar(1.0, "f32"))
-        scale, shift, gate = (cast(v, dtype=p.dtype) for v in (scale, shift, gate))
+        parts = {"scale": scale, "shift": shift, "gate": gate}
+        scale, shift, gate = (named(cast(v, dtype=p.dtype), n) for n, v in parts.items())
         return add(mul(rms_norm(x, eps=t.eps), scale), shift), gate
 
     return apply

@@ -34,6 +34,6 @@ class Params:
 
     def linear(self, x: Value, out: int, bias: bool = False) -> Value:
         """x [..., in] through a PyTorch linear layer: `weight` [out, in] and, where told, `bias` [out]."""
-        w = transpose(self.get("weight", out, x.type.shape[-1]), perm=(1, 0))
-        y = matmul(x, w)
+        w = transpose(self.to("f32").get("weight", out, x.type.shape[-1]), perm=(1, 0))
+        y = matmul(x, cast(w, dtype=self.dtype))
         return add(y, self.get("bias", out)) if bias else y

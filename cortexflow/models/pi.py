@@ -76,7 +76,10 @@ def transformer_encoder(c: ModelConfig, s: Signature, dtype: str) -> Func:
         "token_mask": Type("bool", (s.batch, s.prompt)),
     }
     tower, p = encoder_tower(c), Params(f"{VLM}.language_model", dtype)
-    with function("transformer_encoder", **args) as (f, [image_tokens, image_mask, tokens, token_mask]), scope("prefix"):
+    with (
+        function("transformer_encoder", **args) as (f, [image_tokens, image_mask, tokens, token_mask]),
+        scope("prefix"),
+    ):
         x = named(concat(image_tokens, _prompt(tokens, c, p), axis=1), "prefix_embeds")
         cameras = broadcast_to(
             reshape(image_mask, shape=(s.batch, s.views, 1)), shape=(s.batch, s.views, c.num_patches)
@@ -108,7 +111,9 @@ def transformer_decoder(
     s: Signature,
     dtype: str,
     inputs: dict[str, Type],
-    suffix: Callable[[list[Value]], tuple[int, Callable[[Value, Value], tuple[Value, Callable[[Params], Norm]]], Value]],
+    suffix: Callable[
+        [list[Value]], tuple[int, Callable[[Value, Value], tuple[Value, Callable[[Params], Norm]]], Value]
+    ],
 ) -> Func:
     """The flow: noise f32 [b, chunk, action] → actions, by Euler steps t = 1, 1 - 1/n, ..., 1/n.
 

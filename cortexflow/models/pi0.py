@@ -55,7 +55,9 @@ def _decoder(c: ModelConfig, s: Signature, dtype: str) -> Func:
 
     def suffix(inputs: list[Value]) -> tuple[int, Callable[..., tuple[Value, Callable[[Params], Norm]]], Value]:
         with scope("state"):
-            state = f32.at("state_proj").linear(reshape(inputs[0], shape=(s.batch, 1, c.state_dim)), c.decoder_dim, True)
+            state = f32.at("state_proj").linear(
+                reshape(inputs[0], shape=(s.batch, 1, c.state_dim)), c.decoder_dim, True
+            )
 
         def embed(x: Value, step: Value) -> tuple[Value, Callable[[Params], Norm]]:
             with scope("action_time"):

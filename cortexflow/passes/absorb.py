@@ -71,7 +71,9 @@ def _rules(func: Func) -> list[Rule]:
             return None
         x, w = product.inputs
         scaled = mul(precise(w), precise(op.inputs[1]))
-        return matmul(x, cast(scaled, dtype=w.type.dtype), **product.attrs) if scaled.type.shape == w.type.shape else None
+        return (
+            matmul(x, cast(scaled, dtype=w.type.dtype), **product.attrs) if scaled.type.shape == w.type.shape else None
+        )
 
     def scale_of_sum(op: Op) -> Value | None:
         """(x @ w + b)·c = (x @ w)·c + b·c, so that the product and the bias can absorb c."""

@@ -146,4 +146,3 @@ def _unneeded_broadcast(op: Op) -> Value | None:
         return None
     (out,) = emit(op.name, bare, op.attrs)
     return out
-

@@ -69,14 +69,14 @@ class _Prepare:
         """A `weight` op, put into the list, that reads what `prepare` makes of a static value."""
         if v not in self.keys:
             self.copy(v)
-            self.keys[v] = self.result(v, self.env[v])
+            self.keys[v] = self.result(_name(v), self.env[v])
         assert v.op is not None
         with noted(v.op.note), building(Block(ops=done)):
             return weight(key=self.keys[v], type=v.type)
 
-    def result(self, original: Value, prepared: Value) -> str:
-        """Return a value from `prepare` under a name that tells what it is made of."""
-        stem = name = _name(original)
+    def result(self, stem: str, prepared: Value) -> str:
+        """Return a value from `prepare` under this name, or this name with a number."""
+        name = stem
         n = 1
         while name in self.results:
             n += 1
@@ -110,7 +110,7 @@ class _Prepare:
             empty = [_zeros(Type(v.type.dtype, (trips, *v.type.shape))) for v in wanted]
             filled = loop(empty, trips, lambda i, *tables: self.fill(wanted, step, i, list(tables)))
         for v, table in zip(wanted, filled, strict=True):
-            name = self.result(v, table)
+            name = self.result(_table_name(v), table)
             _read_row(op.body, v, weight_key=name, table=table.type, step=step)
 
     def fill(self, wanted: list[Value], step: Value, i: Value, tables: list[Value]) -> list[Value]:
@@ -183,7 +183,9 @@ def _read_row(body: Block, v: Value, weight_key: str, table: Type, step: Value) 
     with noted(v.op.note), building(Block()) as emitted:
         row = gather(weight(key=weight_key, type=table), step)
         row.name = v.name
-    at = next(i for i, op in enumerate(body.ops) if any(v in o.inputs for o in (op, *(op.body.walk() if op.body else ()))))
+    at = next(
+        i for i, op in enumerate(body.ops) if any(v in o.inputs for o in (op, *(op.body.walk() if op.body else ())))
+    )
     body.ops[at:at] = emitted.ops
     for op in body.walk():
         op.inputs = [row if i is v else i for i in op.inputs]
@@ -203,8 +205,14 @@ def _name(v: Value) -> str:
     while all(start < min(len(r), len(head)) and r[start] == head[start] for r in rest):
         start += 1
     ends = [".".join(p[start:]) for p in (head, *rest)]
-    shown = ",".join(ends[:3]) + (f",+{len(ends) - 3}" if len(ends) > 3 else "")
+    shown = ",".join(ends[:4]) + (f",+{len(ends) - 4}" if len(ends) > 4 else "")
     return ".".join([*head[:start], "{" + re.sub(r"[\s{}]", "", shown) + "}"])
+
+
+def _table_name(v: Value) -> str:
+    """Where in the model a table of steps belongs, and what it holds."""
+    assert v.op is not None
+    return f"{v.op.note}.{v.name or v.op.name}[step]".lstrip(".")
 
 
 def _keys(v: Value) -> list[str]:

@@ -39,9 +39,11 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("absorb", absorb),
     ("layout", layout),
     ("cse", cse),
+    ("dce", dce),
     ("merge", merge),
     ("canonicalize", canonicalize),
     ("hoist", hoist),
+    ("dce", dce),
     ("canonicalize", canonicalize),
     ("fuse", fuse),
     ("cse", cse),
@@ -102,7 +104,11 @@ def report(steps: list[Step]) -> str:
     lines = [f"{'pass':<14}{'fired':>7}{'ms':>9}{'moved':>11}  detail"]
     for s in steps[1:]:
         moved = "" if s.moved is None else f"{s.moved:.1e}"
-        detail = ", ".join(f"{k.removeprefix('fused.')} {n}" for k, n in s.fired.items()) if isinstance(s.fired, Counter) else ""
+        detail = (
+            ", ".join(f"{k.removeprefix('fused.')} {n}" for k, n in s.fired.items())
+            if isinstance(s.fired, Counter)
+            else ""
+        )
         lines.append(f"{s.name:<14}{s.count:>7}{s.seconds * 1e3:>9.1f}{moved:>11}  {detail}".rstrip())
     return "\n".join(lines)
 
