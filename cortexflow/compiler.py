@@ -20,6 +20,7 @@ from cortexflow.ir.cost import cost_report
 from cortexflow.models import ModelConfig, Signature, VLAModel, create_model
 from cortexflow.passes import Step, report, run_passes
 from cortexflow.passes.expose import expose as expose_named
+from cortexflow.passes.pipeline import pipeline
 from cortexflow.passes.plan_buffers import Plan, plan_buffers
 from cortexflow.weights import Weights, prepare
 
@@ -100,7 +101,8 @@ class Compiled:
             return dump(self.module)
         named = [s for s in self._steps if s.name == after]
         if not named:
-            raise ConfigError(f"no pass is named {after!r}; there are {', '.join(dict.fromkeys(s.name for s in self._steps))}")
+            known = ", ".join(dict.fromkeys(s.name for s in self._steps))
+            raise ConfigError(f"no pass is named {after!r}; there are {known}")
         return dump(named[-1].module)
 
     def source(self) -> str:
@@ -181,7 +183,7 @@ def compile_module(
 ) -> Compiled:
     """Rewrite a module for a target, prepare its weights, plan its buffers and build it."""
     verify(module)
-    lowered, steps = run_passes(module, lambda op: op.name in target.claims)
+    lowered, steps = run_passes(module, lambda op: op.name in target.claims, pipeline(target.layouts))
     verify(lowered)
     stages, ready = prepare(lowered, weights, progress)
     plan = plan_buffers(stages)
@@ -196,8 +198,10 @@ def load_model(path: Any, *, allow_pickle: bool = False, **config: Any) -> tuple
 
     `config` overrides fields of `ModelConfig` that the checkpoint does not tell.
     """
-    opened = path if isinstance(path, Checkpoint) else open_checkpoint(
-        path, config_overrides=config, allow_pickle=allow_pickle
+    opened = (
+        path
+        if isinstance(path, Checkpoint)
+        else open_checkpoint(path, config_overrides=config, allow_pickle=allow_pickle)
     )
     model = create_model(opened.config)
     names = match(opened, model.get_weight_shapes())

@@ -28,6 +28,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("cortexflow")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", help="a folder of reference cases to compare with, in place of tests/data/pi")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")

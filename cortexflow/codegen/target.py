@@ -38,7 +38,7 @@ class Target:
     name: str
     claims: frozenset[str]
     build: Callable[[Module, Mapping[str, Tensor], torch.device], Executable]
-    layouts: Mapping[str, str] | None = None  # preferences that the layout pass follows
+    layouts: frozenset[str] = frozenset()  # rewrites of `passes/layout.py` that suit it: `patches`
 
 
 # Built-in targets are imported when somebody asks for one: each needs its own libraries.

@@ -187,7 +187,9 @@ def emit_source(module: Module) -> str:
     methods = [_Method(stage, buffers).text() for stage in module.stages]
     body = "\n\n".join([*methods, _forward(module)])
     family = module.meta.get("family")
-    title = f"{family or 'A module'}: " + ", ".join(f"{k}={v}" for k, v in module.meta.items() if k not in ("family", "keep"))
+    title = f"{family or 'A module'}: " + ", ".join(
+        f"{k}={v}" for k, v in module.meta.items() if k not in ("family", "keep")
+    )
     table = "\n".join(f"    {key!r}: {name!r},  # {module.weight_types()[key]}" for key, name in buffers.items())
     return (
         _HEAD.format(title=title.rstrip(": "))
@@ -228,7 +230,9 @@ def _forward(module: Module) -> str:
     lines = [f"    def forward(self, {', '.join(f'{n}: Tensor' for n in module.inputs)}) -> dict[str, Tensor]:"]
     for stage in module.stages:
         results = ", ".join(map(_identifier, stage.results))
-        lines.append(f"        {results}{',' if len(stage.results) == 1 else ''} = self.{stage.name}({', '.join(map(_identifier, stage.args))})")
+        lines.append(
+            f"        {results}{',' if len(stage.results) == 1 else ''} = self.{stage.name}({', '.join(map(_identifier, stage.args))})"
+        )
     outputs = ", ".join(f"{n!r}: {_identifier(n)}" for n in module.outputs)
     return "\n".join([*lines, f"        return {{{outputs}}}"])
 
@@ -320,7 +324,9 @@ class _Method:
         if all(o.name in ("gather", "cache_update") and o.inputs[-1] is step for o in _readers_of(step, op.body)):
             self.names[step] = counter
         else:
-            self.lines.append(f"{inner}{self.name(step)} = torch.tensor({counter}, dtype=torch.int32, device=self.device)")
+            self.lines.append(
+                f"{inner}{self.name(step)} = torch.tensor({counter}, dtype=torch.int32, device=self.device)"
+            )
         self.block(op.body, inner, set(), carried)
         for out, name in zip(op.outputs, carried, strict=True):
             self.names[out] = name

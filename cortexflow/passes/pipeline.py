@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,11 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("cse", cse),
     ("dce", dce),
 )
+
+
+def pipeline(layouts: Collection[str] = ()) -> tuple[tuple[str, Pass], ...]:
+    """The passes for a target that wants these layouts (`patches`); without any, its library knows better."""
+    return tuple(p for p in PIPELINE if p[0] != "layout" or "patches" in layouts)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,194 @@
+"""Camera pictures become what the image tower reads: float32 [views, size, size, 3], RGB, in [-1, 1].
+
+Two resizes are in use and give different pixels for every picture that is not already of the right size, so
+the method is always named:
+
+| method | arithmetic |
+|---|---|
+| `pil` | openpi: PIL bilinear on uint8, low-pass filtered when shrinking; `x / 255 * 2 - 1` afterwards |
+| `lerobot` | LeRobot: torch bilinear on [0, 1] without low-pass filter, clamped; `x * 2 - 1` afterwards |
+
+Both keep the aspect ratio, centre the picture and fill the rest with black (-1 after scaling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from cortexflow.errors import ConfigError, InputError
+from cortexflow.processing.arrays import to_numpy
+
+Pixels = NDArray[np.float32]
+
+TOLERANCE = 1e-5  # how far outside [-1, 1] a float picture may be (rounding of an earlier resize); it is clipped
+
+
+def resize_with_pad(image: Any, height: int, width: int, *, method: str) -> Pixels:
+    """Fit one picture into `height` x `width` pixels: float32 [height, width, 3] in [-1, 1].
+
+    `image` is [H, W, 3], numpy or torch, RGB: uint8 in 0..255 or float32 in [-1, 1]. The larger of the ratios
+    H/height and W/width gives the scale, the scaled sides are rounded down (never below one pixel), and an odd
+    rest of the border goes below and right. A picture of the right size is only scaled to [-1, 1]. Method `pil`
+    works on 8 bits: a float picture that has to be resized is first rounded to the nearest of 256 levels.
+
+    Raises InputError if the picture has another form, ConfigError if `method` is not a key of `METHODS`.
+    Source: openpi packages/openpi-client/src/openpi_client/image_tools.py (`pil`), lerobot
+    src/lerobot/policies/common/vla_utils.py (`lerobot`).
+    """
+    pixels = _checked(image, "image")
+    for name, value in (("height", height), ("width", width)):
+        if value < 1:
+            raise InputError(f"{name}: expected a positive number of pixels, found {value}")
+    return _fit(pixels, height, width, method)
+
+
+def as_model_images(images: Any, *, views: int, size: int, method: str) -> tuple[Pixels, NDArray[np.bool_]]:
+    """The images of one observation: (float32 [views, size, size, 3] in [-1, 1], bool [views]).
+
+    `images` is one array or tensor [views, H, W, 3], or a list with one entry per view, each [H, W, 3] or None.
+    Pixels are RGB: uint8 in 0..255, or float32 already in [-1, 1]. None stands for an absent camera and becomes
+    an image of -1 with mask False; it must be written, because the order of the views says which camera is which.
+
+    Raises InputError for any other form, naming the view: channels first, four channels, a wrong number of views,
+    other dtypes, floats outside [-1, 1], NaN, no camera at all. ConfigError for an unknown `method`.
+    Source: openpi src/openpi/models/model.py (scaling, camera slots), src/openpi/policies/libero_policy.py and
+    lerobot src/lerobot/policies/pi05/modeling_pi05.py (absent cameras).
+    """
+    entries = _entries(images, views)
+    mask = np.array([entry is not None for entry in entries])
+    if not mask.any():
+        raise InputError(f"images: all {views} views are None; give the picture of at least one camera")
+    result = np.full((views, size, size, 3), -1.0, np.float32)
+    for index, entry in enumerate(entries):
+        if entry is not None:
+            result[index] = _fit(_checked(entry, f"images[{index}]"), size, size, method)
+    return result, mask
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """A picture file as uint8 [H, W, 3], RGB in 0..255. Grey and palette pictures are expanded, alpha is dropped.
+
+    Raises InputError if the file is missing, is not a picture, or has more than 8 bits per channel.
+    """
+    try:
+        with PIL.Image.open(path) as picture:
+            if picture.mode[0] in "IF":
+                raise InputError(
+                    f"{path}: expected 8 bits per channel, found mode {picture.mode}; save it as 8-bit RGB"
+                )
+            return np.array(picture.convert("RGB"), np.uint8)
+    except FileNotFoundError as reason:
+        raise InputError(f"{path}: no such picture file") from reason
+    except (OSError, PIL.Image.DecompressionBombError) as reason:
+        raise InputError(f"{path}: cannot be read as a picture ({reason}); give a PNG or JPEG file") from reason
+
+
+def to_unit(pixels: NDArray[Any]) -> Pixels:
+    """uint8 pixels as `x / 255 * 2 - 1` in float32; float pixels as float32 clipped to [-1, 1]."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / np.float32(255) * np.float32(2) - np.float32(1)
+    return np.clip(pixels.astype(np.float32), -1.0, 1.0)
+
+
+def _fit(pixels: NDArray[Any], height: int, width: int, method: str) -> Pixels:
+    if method not in METHODS:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+    if pixels.shape[:2] == (height, width):
+        return to_unit(pixels)
+    return METHODS[method](pixels, height, width)
+
+
+def _scaled_size(pixels: NDArray[Any], height: int, width: int) -> tuple[int, int]:
+    rows, columns = pixels.shape[:2]
+    ratio = max(columns / width, rows / height)
+    return max(1, int(rows / ratio)), max(1, int(columns / ratio))
+
+
+def _centred(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    rows, columns = pixels.shape[:2]
+    top, left = (height - rows) // 2, (width - columns) // 2
+    canvas = np.zeros((height, width, 3), pixels.dtype)
+    canvas[top : top + rows, left : left + columns] = pixels
+    return canvas
+
+
+def _resize_pil(pixels: NDArray[Any], height: int, width: int) -> Pixels:
+    if pixels.dtype != np.uint8:
+        pixels = np.rint((to_unit(pixels) + 1) * 127.5).astype(np.uint8)
+    rows, columns = _scaled_size(pixels, height, width)
+    picture = PIL.Image.fromarray(np.ascontiguousarray(pixels))
+    resized = picture.resize((columns, rows), PIL.Image.Resampling.BILINEAR)
+    return to_unit(_centred(np.asarray(resized), height, width))
+
+
+def _resize_lerobot(pixels: NDArray[Any], height: int, width: int) -> Pixels:
+    unit = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else (to_unit(pixels) + 1) / 2
+    picture = torch.from_numpy(np.ascontiguousarray(unit)).permute(2, 0, 1)[None]
+    resized = F.interpolate(picture, _scaled_size(pixels, height, width), mode="bilinear", align_corners=False)
+    # The rest in numpy: each further torch op would wake all threads for a picture this small.
+    return _centred(np.clip(resized[0].permute(1, 2, 0).numpy(), 0.0, 1.0), height, width) * 2 - 1
+
+
+METHODS: dict[str, Callable[[NDArray[Any], int, int], Pixels]] = {"pil": _resize_pil, "lerobot": _resize_lerobot}
+
+
+def _entries(images: Any, views: int) -> list[Any]:
+    """One entry per view, from a sequence or from the first axis of an array."""
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        if images.ndim != 4:
+            fix = "; one picture is images[None]" if images.ndim == 3 else ""
+            raise InputError(f"images: expected shape ({views}, H, W, 3), found {tuple(images.shape)}{fix}")
+    elif not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+        raise InputError(
+            f"images: expected an array ({views}, H, W, 3) or a list of {views} arrays (H, W, 3), "
+            f"found {type(images).__name__}"
+        )
+    if len(images) != views:
+        raise InputError(f"images: expected {views} views, found {len(images)}; write None for an absent camera")
+    return list(images)
+
+
+def _checked(image: Any, name: str) -> NDArray[Any]:
+    """`image` as numpy [H, W, 3], uint8 or float32 in [-1, 1] (within `TOLERANCE`)."""
+    if not isinstance(image, (np.ndarray, torch.Tensor)):
+        raise InputError(f"{name}: expected a numpy array or torch tensor (H, W, 3), found {type(image).__name__}")
+    _check_layout(tuple(image.shape), name)
+    dtype = str(image.dtype).removeprefix("torch.")
+    if dtype not in ("uint8", "float32"):
+        fix = "pass image.astype(np.float32) (torch: image.float())" if "float" in dtype else "pass it as uint8"
+        raise InputError(f"{name}: expected uint8 in 0..255 or float32 in [-1, 1], found {dtype}; {fix}")
+    pixels = to_numpy(image)
+    if dtype == "float32":
+        _check_range(pixels, name)
+    return pixels
+
+
+def _check_layout(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) == 3 and shape[-1] == 3 and min(shape) > 0:
+        return
+    found = f"{name}: expected shape (H, W, 3), found {shape}"
+    if len(shape) == 3 and 0 not in shape:
+        if shape[0] == 3:
+            raise InputError(f"{found}: channels first; pass image.transpose(1, 2, 0) (torch: image.permute(1, 2, 0))")
+        if shape[-1] == 4:
+            raise InputError(f"{found}: four channels (RGBA?); drop the last one with image[..., :3]")
+        if shape[-1] == 1:
+            raise InputError(f"{found}: one channel; repeat grey with np.repeat(image, 3, axis=-1)")
+    raise InputError(f"{found}; give one RGB picture, channels last, with at least one pixel")
+
+
+def _check_range(pixels: NDArray[Any], name: str) -> None:
+    if not np.isfinite(pixels).all():
+        raise InputError(f"{name}: expected finite pixels, found NaN or infinity; check the camera or the preprocessor")
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < -1 - TOLERANCE or high > 1 + TOLERANCE:
+        fix = "it looks like 0..255: pass image.astype(np.uint8)" if low >= 0 and high > 2 else "scale it first"
+        raise InputError(f"{name}: expected float32 pixels in [-1, 1], found [{low:g}, {high:g}]; {fix}")
