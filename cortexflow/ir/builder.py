@@ -33,6 +33,16 @@ def traffic(op: Op, flops: int = 0) -> Cost:
     return Cost(flops, sum(v.type.nbytes for v in op.inputs), sum(v.type.nbytes for v in op.outputs))
 
 
+def per_element(operations: int) -> Callable[[Op], Cost]:
+    """The cost rule of so many operations for each element of the result."""
+    return lambda op: traffic(op, operations * op.outputs[0].type.size)
+
+
+def no_traffic(_: Op) -> Cost:
+    """The cost rule of an op that moves nothing."""
+    return Cost()
+
+
 @dataclass(frozen=True, slots=True)
 class OpDef:
     """What is known of an op: its type rule, its meaning (evaluation or decomposition), its cost."""
@@ -56,7 +66,8 @@ class OpDef:
             raise VerifyError(f"{self.name}: unknown attribute {bad[0]!r}; it takes {', '.join(known) or 'none'}")
         if missing := [k for k in self.required if k not in attrs]:
             raise VerifyError(f"{self.name}: missing attribute {missing[0]!r}")
-        return {**self.defaults, **attrs}
+        given = {**self.defaults, **attrs}
+        return {k: given[k] for k in known}  # in one order, however they were given
 
 
 OPS: dict[str, OpDef] = {}
@@ -125,10 +136,10 @@ def infer(name: str, types: Sequence[Type], attrs: dict[str, Any], body: Block |
     try:
         return OPS[name].infer(*types, **attrs, **({"body": body} if body else {}))
     except VerifyError as e:
-        text = str(e)
-        raise VerifyError(text if text.startswith(name) else f"{name}: {text}") from None
-    except TypeError as e:
-        raise VerifyError(f"{name}: {e}; operands are {', '.join(map(str, types)) or 'none'}") from None
+        raise VerifyError(f"{name}: {e}") from None
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:  # of a kind no rule expects
+        shown = f"operands are {', '.join(map(str, types)) or 'none'}, attributes {attrs}"
+        raise VerifyError(f"{name}: {e}; {shown}") from None
 
 
 def emit(name: str, inputs: Sequence[Value], attrs: dict[str, Any], body: Block | None = None) -> list[Value]:
@@ -140,7 +151,10 @@ def emit(name: str, inputs: Sequence[Value], attrs: dict[str, Any], body: Block 
     types = [WILD] if wild else infer(name, [v.type for v in inputs], attrs, body)
     op = Op(name, list(inputs), attrs, body=body, note="" if wild else _note.get())
     op.outputs = [Value(t, op=op) for t in types]
-    _block.get().ops.append(op)
+    block = _block.get(None)
+    if block is None:
+        raise VerifyError(f"{name}: there is no function under construction; use `with function(...)`")
+    block.ops.append(op)
     return op.outputs
 
 
@@ -162,7 +176,7 @@ def op(
     """
 
     def declare(rule: Callable[..., Type]) -> Callable[..., Value]:
-        name = rule.__name__.rstrip("_")
+        name = rule.__qualname__ = rule.__name__.rstrip("_")
         required, defaults = _attributes(rule)
         define(
             OpDef(

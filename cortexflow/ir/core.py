@@ -29,8 +29,8 @@ class Type:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise VerifyError(f"unknown dtype {self.dtype!r}; the IR has {', '.join(DTYPE_BYTES)}")
-        if any(type(d) is not int or d < 0 for d in self.shape):
-            raise VerifyError(f"a shape holds non-negative integers, found {self.shape!r}")
+        if not isinstance(self.shape, tuple) or any(type(d) is not int or d < 0 for d in self.shape):
+            raise VerifyError(f"a shape is a tuple of non-negative integers, found {self.shape!r}")
 
     @property
     def size(self) -> int:
@@ -155,8 +155,8 @@ class Module:
     def weight_types(self) -> dict[str, Type]:
         """The weights that the module reads from outside (not those that `prepare` makes), by key."""
         made = set(self.funcs[PREPARE].results) if PREPARE in self.funcs else set()
-        ops = (op for f in self.funcs.values() for op in f.block.walk() if op.name == "weight")
-        return {op.attrs["key"]: op.attrs["type"] for op in ops if op.attrs["key"] not in made}
+        reads = ((f, op) for f in self.funcs.values() for op in f.block.walk() if op.name == "weight")
+        return {o.attrs["key"]: o.attrs["type"] for f, o in reads if f.name == PREPARE or o.attrs["key"] not in made}
 
 
 def uses(block: Block) -> Counter[Value]:

@@ -78,9 +78,7 @@ def modulated_norm_matmul(x: Value, scale: Value, shift: Value, w: Value, *, eps
 
 
 @fused
-def modulated_norm_glu(
-    x: Value, scale: Value, shift: Value, w: Value, *, eps: float, kind: str, width: int
-) -> Value:
+def modulated_norm_glu(x: Value, scale: Value, shift: Value, w: Value, *, eps: float, kind: str, width: int) -> Value:
     """Adaptive norm, projection to gate and up, their combination."""
     return glu(modulated_norm_matmul(x, scale, shift, w, eps=eps), kind=kind, width=width)
 

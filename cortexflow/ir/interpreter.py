@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from cortexflow.errors import InputError, VerifyError
-from cortexflow.ir.builder import OPS
+from cortexflow.ir.builder import OPS, building
 from cortexflow.ir.core import FLOATS, PREPARE, Block, Func, Module, Op, Type, Value, uses
-from cortexflow.ir.ops import TORCH_DTYPES
+from cortexflow.ir.dtypes import TORCH_DTYPES
 
 Weights = Mapping[str, Tensor]
 Watch = Callable[[Op, list[Tensor]], None]
@@ -51,7 +51,8 @@ def run(
     env: dict[Value, Tensor] = {}
     for name, arg in func.args.items():
         env[arg] = _as_declared(torch.as_tensor(inputs[name]), arg.type, floats, f"@{func.name}: %{name}")
-    returned = _run_block(func.block, env, weights, floats, watch, uses(func.block))
+    with torch.no_grad():
+        returned = _run_block(func.block, env, weights, floats, watch, uses(func.block))
     return dict(zip(func.results, returned, strict=True))
 
 
@@ -72,8 +73,6 @@ def evaluate(op: Op, inputs: list[Tensor], floats: torch.dtype | None = None) ->
         return definition.evaluate(*inputs, **attrs)
     if definition.decompose is None:
         raise VerifyError(f"{op.name} has no evaluation rule")
-    from cortexflow.ir.builder import building
-
     with building(Block()) as block:
         args = [Value(v.type) for v in op.inputs]
         out = definition.decompose(*args, **op.attrs)
@@ -118,10 +117,11 @@ def _run_block(
 
 
 def _finished(op: Op, remaining: Counter[Value]) -> Iterator[Value]:
-    """The operands that nothing reads any more: their memory can go. Loop bodies are read as a whole."""
-    reads = Counter(op.inputs)
+    """What nothing reads any more, results included: their memory can go. Loop bodies are read as a whole."""
+    reads = Counter({v: 0 for v in op.outputs})
+    reads.update(op.inputs)
     if op.body:
-        reads += uses(op.body)
+        reads.update(uses(op.body))
     for v, n in reads.items():
         remaining[v] -= n
         if remaining[v] <= 0:
@@ -141,6 +141,7 @@ def _run_loop(
     for step in range(op.attrs["trips"]):
         inner = dict(env)
         inner.update(zip(op.body.args, [torch.tensor(step, dtype=torch.int32), *carried], strict=True))
+        carried.clear()  # the step alone holds them now, and lets each go at its last reader
         carried = _run_block(op.body, inner, weights, floats, watch, Counter(remaining))
         if op.attrs["early_stop"]:
             stop, *carried = carried

@@ -2,11 +2,12 @@
 
 Meaning: floating-point ops compute in their operands' dtype, except where a rule says 'in float32',
 which then means: in float32, or float64 for float64 operands, and the result is rounded once.
+The ops of `layers` and the dtypes are offered here too.
 """
+# ruff: noqa: PLC0414
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,46 +15,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cortexflow.ir.builder import OPS, Cost, OpDef, building, define, emit, op, traffic
-from cortexflow.ir.core import Block, Op, Type, Value
+from cortexflow.ir.builder import OPS, Cost, OpDef, building, define, emit, no_traffic, op, per_element, traffic
+from cortexflow.ir.core import FLOATS, INTEGERS, Block, Op, Type, Value
+from cortexflow.ir.dtypes import TORCH_DTYPES as TORCH_DTYPES
+from cortexflow.ir.dtypes import wide as wide
+from cortexflow.ir.layers import attention as attention
+from cortexflow.ir.layers import conv2d as conv2d
+from cortexflow.ir.layers import layer_norm as layer_norm
+from cortexflow.ir.layers import matmul as matmul
+from cortexflow.ir.layers import relative_position_bias as relative_position_bias
+from cortexflow.ir.layers import rms_norm as rms_norm
+from cortexflow.ir.layers import rope as rope
+from cortexflow.ir.layers import softmax as softmax
 from cortexflow.ir.shapes import (
     axis_of,
     broadcast,
     floating,
     integer,
+    numeric,
     reduced,
     require,
     same_dtype,
     slice_bounds,
-    window,
     with_axis,
 )
 
-TORCH_DTYPES = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "u8": torch.uint8,
-    "bool": torch.bool,
-}
-
 Builder = Callable[..., Value]
-
-
-def wide(x: Tensor) -> Tensor:
-    """The operand in the precision in which statistics are taken: float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _per_element(operations: int) -> Callable[[Op], Cost]:
-    return lambda o: traffic(o, operations * o.outputs[0].type.size)
-
-
-def _no_traffic(_: Op) -> Cost:
-    return Cost()
+NUMBERS = FLOATS + INTEGERS
 
 
 # ---- element by element ---------------------------------------------------------------------------
@@ -65,16 +53,19 @@ def _unary(name: str, fn: Callable[[Tensor], Tensor], operations: int, doc: str)
         return x
 
     rule.__name__, rule.__doc__ = name, doc
-    return op(evaluate=fn, cost=_per_element(operations))(rule)
+    return op(evaluate=fn, cost=per_element(operations))(rule)
 
 
-def _binary(name: str, fn: Callable[[Tensor, Tensor], Tensor], result: str | None, doc: str) -> Builder:
+def _binary(
+    name: str, fn: Callable[[Tensor, Tensor], Tensor], doc: str, *, of: Sequence[str], result: str | None = None
+) -> Builder:
     def rule(a: Type, b: Type) -> Type:
         common = same_dtype(a, b)
+        require(common in of, f"operands must be {', '.join(of)}; found {a} and {b}")
         return Type(result or common, broadcast(a.shape, b.shape))
 
     rule.__name__, rule.__doc__ = name, doc
-    return op(evaluate=fn, cost=_per_element(1))(rule)
+    return op(evaluate=fn, cost=per_element(1))(rule)
 
 
 neg = _unary("neg", torch.neg, 1, "-x")
@@ -86,16 +77,16 @@ sin = _unary("sin", torch.sin, 8, "sine, x in radians")
 cos = _unary("cos", torch.cos, 8, "cosine, x in radians")
 abs_ = _unary("abs_", torch.abs, 1, "absolute value")
 floor = _unary("floor", torch.floor, 1, "largest integer not above x")
-add = _binary("add", torch.add, None, "a + b, broadcasting")
-sub = _binary("sub", torch.sub, None, "a - b, broadcasting")
-mul = _binary("mul", torch.mul, None, "a * b, broadcasting")
-div = _binary("div", torch.div, None, "a / b, broadcasting; floating point")
-max_ = _binary("max_", torch.maximum, None, "the larger of a and b")
-min_ = _binary("min_", torch.minimum, None, "the smaller of a and b")
-pow_ = _binary("pow_", torch.pow, None, "a to the b")
-lt = _binary("lt", torch.lt, "bool", "a < b")
-le = _binary("le", torch.le, "bool", "a <= b")
-eq = _binary("eq", torch.eq, "bool", "a == b")
+add = _binary("add", torch.add, "a + b, broadcasting", of=NUMBERS)
+sub = _binary("sub", torch.sub, "a - b, broadcasting", of=NUMBERS)
+mul = _binary("mul", torch.mul, "a * b, broadcasting", of=NUMBERS)
+div = _binary("div", torch.div, "a / b, broadcasting; floating point", of=FLOATS)
+max_ = _binary("max_", torch.maximum, "the larger of a and b", of=NUMBERS)
+min_ = _binary("min_", torch.minimum, "the smaller of a and b", of=NUMBERS)
+pow_ = _binary("pow_", torch.pow, "a to the b; floating point", of=FLOATS)
+lt = _binary("lt", torch.lt, "a < b", of=NUMBERS, result="bool")
+le = _binary("le", torch.le, "a <= b", of=NUMBERS, result="bool")
+eq = _binary("eq", torch.eq, "a == b", of=(*NUMBERS, "bool"), result="bool")
 
 
 def _logical(name: str, fn: Callable[..., Tensor], arity: int, doc: str) -> Builder:
@@ -105,7 +96,7 @@ def _logical(name: str, fn: Callable[..., Tensor], arity: int, doc: str) -> Buil
         return Type("bool", broadcast(*[x.shape for x in xs]))
 
     rule.__name__, rule.__doc__ = name, doc
-    return op(evaluate=fn, cost=_per_element(1))(rule)
+    return op(evaluate=fn, cost=per_element(1))(rule)
 
 
 and_ = _logical("and_", torch.logical_and, 2, "a and b")
@@ -122,7 +113,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@op(evaluate=lambda x, kind: ACTIVATIONS[kind](x), cost=_per_element(8))
+@op(evaluate=lambda x, kind: ACTIVATIONS[kind](x), cost=per_element(8))
 def act(x: Type, *, kind: str) -> Type:
     """An activation: `gelu` (erf), `gelu_tanh`, `silu`, `relu`, `sigmoid` or `tanh`."""
     require(kind in ACTIVATIONS, f"unknown activation {kind!r}; there are {', '.join(ACTIVATIONS)}")
@@ -130,13 +121,13 @@ def act(x: Type, *, kind: str) -> Type:
     return x
 
 
-@op(evaluate=lambda x, dtype: x.to(TORCH_DTYPES[dtype]), cost=_per_element(0))
+@op(evaluate=lambda x, dtype: x.to(TORCH_DTYPES[dtype]), cost=per_element(0))
 def cast(x: Type, *, dtype: str) -> Type:
     """x in another dtype: rounds to nearest even, truncates towards zero to integers."""
     return Type(dtype, x.shape)
 
 
-@op(evaluate=torch.where, cost=_per_element(1))
+@op(evaluate=torch.where, cost=per_element(1))
 def where(condition: Type, a: Type, b: Type) -> Type:
     """a where the condition holds, else b; broadcasting."""
     require(condition.dtype == "bool", f"the condition must be bool, found {condition}")
@@ -146,7 +137,7 @@ def where(condition: Type, a: Type, b: Type) -> Type:
 # ---- sources --------------------------------------------------------------------------------------
 
 
-@op(cost=_no_traffic)
+@op(cost=no_traffic)
 def weight(*, key: str, type: Type) -> Type:
     """A tensor of the checkpoint (or one that `prepare` made), by name."""
     return type
@@ -156,7 +147,7 @@ def _constant(value: Any, dtype: str, shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(value, dtype=TORCH_DTYPES[dtype]).reshape(shape)
 
 
-@op(evaluate=_constant, cost=_no_traffic)
+@op(evaluate=_constant, cost=no_traffic)
 def const(*, value: Any, dtype: str, shape: tuple[int, ...] = ()) -> Type:
     """A scalar, or a small array given as a flat tuple."""
     found = len(value) if isinstance(value, tuple) else 1
@@ -168,6 +159,7 @@ def const(*, value: Any, dtype: str, shape: tuple[int, ...] = ()) -> Type:
 @op(evaluate=lambda size, dtype: torch.arange(size, dtype=TORCH_DTYPES[dtype]))
 def iota(*, size: int, dtype: str = "i32") -> Type:
     """0, 1, ..., size - 1."""
+    require(dtype in NUMBERS, f"counts in numbers, not in {dtype}")
     return Type(dtype, (size,))
 
 
@@ -179,7 +171,7 @@ def scalar(value: float | int | bool, like: Value | str) -> Value:
 # ---- shape ----------------------------------------------------------------------------------------
 
 
-@op(evaluate=lambda x, shape: x.reshape(shape), cost=_no_traffic, view=True)
+@op(evaluate=lambda x, shape: x.reshape(shape), cost=no_traffic, view=True)
 def reshape(x: Type, *, shape: tuple[int, ...]) -> Type:
     """The same elements, row major, in another shape."""
     out = Type(x.dtype, shape)
@@ -194,7 +186,7 @@ def transpose(x: Type, *, perm: tuple[int, ...]) -> Type:
     return Type(x.dtype, tuple(x.shape[p] for p in perm))
 
 
-@op(evaluate=lambda x, shape: x.expand(shape), cost=_no_traffic)
+@op(evaluate=lambda x, shape: x.expand(shape), cost=no_traffic)
 def broadcast_to(x: Type, *, shape: tuple[int, ...]) -> Type:
     """x repeated along new and unit axes."""
     require(broadcast(x.shape, shape) == shape, f"{x} does not broadcast to {shape}")
@@ -218,7 +210,7 @@ def _slice(x: Tensor, axis: int, start: int, stop: int | None, step: int) -> Ten
     return x[tuple(index)]
 
 
-@op(evaluate=_slice, cost=_no_traffic)
+@op(evaluate=_slice, cost=no_traffic)
 def slice_(x: Type, *, axis: int, start: int = 0, stop: int | None = None, step: int = 1) -> Type:
     """x[start:stop:step] along an axis; `stop=None` is the end."""
     at = axis_of(x, axis)
@@ -244,7 +236,7 @@ def pad(x: Type, *, pads: tuple[tuple[int, int], ...], value: float = 0.0) -> Ty
 def _gather(table: Tensor, index: Tensor, axis: int) -> Tensor:
     at = axis % table.ndim
     picked = table.index_select(at, index.reshape(-1).long())
-    return picked.reshape(*table.shape[:at], *index.shape, *table.shape[at + 1 :])
+    return picked.reshape((*table.shape[:at], *index.shape, *table.shape[at + 1 :]))
 
 
 def _gather_cost(o: Op) -> Cost:
@@ -289,20 +281,21 @@ def cache_update(cache: Type, new: Type, index: Type, *, axis: int) -> Type:
 # ---- reductions -----------------------------------------------------------------------------------
 
 
-def _reduction(name: str, fn: Callable[..., Tensor], doc: str) -> Builder:
+def _reduction(name: str, fn: Callable[..., Tensor], doc: str, *, of: Sequence[str]) -> Builder:
     def rule(x: Type, *, axes: tuple[int, ...], keepdims: bool = False) -> Type:
+        require(x.dtype in of, f"the operand must be {', '.join(of)}; found {x}")
         return Type(x.dtype, reduced(x, axes, keepdims))
 
     def evaluate(x: Tensor, axes: tuple[int, ...], keepdims: bool) -> Tensor:
-        return fn(wide(x), axes, keepdims).to(x.dtype) if x.is_floating_point() else fn(x, axes, keepdims).to(x.dtype)
+        return fn(wide(x) if x.is_floating_point() else x, axes, keepdims).to(x.dtype)
 
     rule.__name__, rule.__doc__ = name, doc
     return op(evaluate=evaluate, cost=lambda o: traffic(o, o.inputs[0].type.size))(rule)
 
 
-reduce_sum = _reduction("reduce_sum", torch.sum, "The sum over some axes, in float32.")
-reduce_mean = _reduction("reduce_mean", torch.mean, "The mean over some axes, in float32.")
-reduce_max = _reduction("reduce_max", torch.amax, "The largest element over some axes.")
+reduce_sum = _reduction("reduce_sum", torch.sum, "The sum over some axes, in float32.", of=NUMBERS)
+reduce_mean = _reduction("reduce_mean", torch.mean, "The mean over some axes, in float32.", of=FLOATS)
+reduce_max = _reduction("reduce_max", torch.amax, "The largest element; of bools: any.", of=(*NUMBERS, "bool"))
 
 
 @op(
@@ -311,211 +304,20 @@ reduce_max = _reduction("reduce_max", torch.amax, "The largest element over some
 )
 def argmax(x: Type, *, axis: int, keepdims: bool = False) -> Type:
     """The first position of the largest element along an axis, as i32."""
+    numeric(x)
     return Type("i32", reduced(x, (axis,), keepdims))
 
 
-@op(evaluate=lambda x, axis: x.cumsum(axis, dtype=x.dtype), cost=_per_element(1))
+def _cumsum(x: Tensor, axis: int) -> Tensor:
+    return (wide(x) if x.is_floating_point() else x).cumsum(axis).to(x.dtype)
+
+
+@op(evaluate=_cumsum, cost=per_element(1))
 def cumsum(x: Type, *, axis: int) -> Type:
-    """The inclusive running sum along an axis."""
-    require(x.dtype != "bool", f"expected numbers, found {x}; cast first")
+    """The inclusive running sum along an axis, in float32."""
+    numeric(x)
     axis_of(x, axis)
     return x
-
-
-# ---- the semantic ops of transformers and convolutional towers -------------------------------------
-
-
-def _matmul(x: Tensor, w: Tensor, dtype: str | None) -> Tensor:
-    out = x @ w
-    return out if dtype is None else out.to(TORCH_DTYPES[dtype])
-
-
-def _matmul_cost(o: Op) -> Cost:
-    return traffic(o, 2 * o.outputs[0].type.size * o.inputs[0].type.shape[-1])
-
-
-@op(evaluate=_matmul, cost=_matmul_cost)
-def matmul(x: Type, w: Type, *, dtype: str | None = None) -> Type:
-    """x @ w over the last two axes, leading axes broadcast, sums in float32.
-
-    x [..., m, k], w [..., k, n] → [..., m, n]; `dtype` is the result's, by default the operands'.
-    """
-    floating(x, w)
-    require(len(x.shape) >= 2 and len(w.shape) >= 2, f"operands need two axes, found {x} @ {w}")
-    require(x.shape[-1] == w.shape[-2], f"inner extents differ: {x} @ {w}")
-    common = same_dtype(x, w)
-    batch = broadcast(x.shape[:-2], w.shape[:-2])
-    return Type(dtype or common, (*batch, x.shape[-2], w.shape[-1]))
-
-
-@op(evaluate=lambda x, axis: torch.softmax(wide(x), axis).to(x.dtype), cost=_per_element(6))
-def softmax(x: Type, *, axis: int = -1) -> Type:
-    """exp(x) / sum(exp(x)) along an axis, in float32."""
-    floating(x)
-    axis_of(x, axis)
-    return x
-
-
-def _rms_norm(x: Tensor, g: Tensor | None = None, *, eps: float) -> Tensor:
-    y = wide(x)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return (y if g is None else y * wide(g)).to(x.dtype)
-
-
-@op(evaluate=_rms_norm, cost=_per_element(5))
-def rms_norm(x: Type, *scale: Type, eps: float) -> Type:
-    """x * rsqrt(mean(x²) + eps) over the last axis, in float32, times a scale [n] where given."""
-    floating(x, *scale)
-    require(len(scale) <= 1, "takes x and at most a scale")
-    require(all(s.shape == x.shape[-1:] for s in scale), f"the scale must be {x.shape[-1:]}")
-    return x
-
-
-def _layer_norm(x: Tensor, g: Tensor | None = None, b: Tensor | None = None, *, eps: float) -> Tensor:
-    y = wide(x)
-    return F.layer_norm(y, y.shape[-1:], *(None if p is None else wide(p) for p in (g, b)), eps=eps).to(x.dtype)
-
-
-@op(evaluate=_layer_norm, cost=_per_element(8))
-def layer_norm(x: Type, *affine: Type, eps: float) -> Type:
-    """(x - mean) * rsqrt(var + eps) over the last axis, in float32; then scale [n] and shift [n] where given."""
-    floating(x, *affine)
-    require(len(affine) in (0, 2), "takes x alone, or x, scale and shift")
-    require(all(p.shape == x.shape[-1:] for p in affine), f"scale and shift must be {x.shape[-1:]}")
-    return x
-
-
-def _rope(x: Tensor, c: Tensor, s: Tensor) -> Tensor:
-    first, second = wide(x).chunk(2, dim=-1)
-    c, s = wide(c).unsqueeze(-2), wide(s).unsqueeze(-2)
-    return torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(x.dtype)
-
-
-@op(evaluate=_rope, cost=_per_element(3))
-def rope(x: Type, cosine: Type, sine: Type) -> Type:
-    """Rotate the two halves of each head: x [..., s, heads, d]; cosine and sine [..., s, d/2], in float32."""
-    floating(x, cosine, sine)
-    require(len(x.shape) >= 3 and x.shape[-1] % 2 == 0, f"expected [..., s, heads, even d], found {x}")
-    require(cosine == sine, f"cosine and sine must agree, found {cosine} and {sine}")
-    table = (*cosine.shape[:-1], 1, cosine.shape[-1])
-    half = (*x.shape[:-1], x.shape[-1] // 2)
-    require(broadcast(table, half) == half, f"the table {cosine} does not fit {x}")
-    return x
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *extra: Tensor, scale: float, causal: bool) -> Tensor:
-    b, m, heads, d = q.shape
-    n, groups = k.shape[1], k.shape[2]
-    rows = wide(q).reshape(b, m, groups, heads // groups, d)
-    logits = torch.einsum("bmghd,bngd->bghmn", rows, wide(k)).reshape(b, heads, m, n) * scale
-    for e in extra:
-        if e.dtype != torch.bool:
-            logits = logits + wide(e)
-    for e in extra:
-        if e.dtype == torch.bool:
-            logits = logits.masked_fill(~e.unsqueeze(1), torch.finfo(torch.float32).min)
-    if causal:
-        later = torch.ones(m, n, dtype=torch.bool, device=q.device).triu(n - m + 1)
-        logits = logits.masked_fill(later, torch.finfo(torch.float32).min)
-    weights = torch.softmax(logits, -1).reshape(b, groups, heads // groups, m, n)
-    return torch.einsum("bghmn,bngd->bmghd", weights, wide(v)).reshape(b, m, heads, v.shape[-1]).to(q.dtype)
-
-
-def _attention_cost(o: Op) -> Cost:
-    (b, m, heads, d), (_, n, _, dv) = o.inputs[0].type.shape, o.inputs[2].type.shape
-    return traffic(o, 2 * b * heads * m * n * (d + dv) + 6 * b * heads * m * n)
-
-
-@op(evaluate=_attention, cost=_attention_cost)
-def attention(q: Type, k: Type, v: Type, *extra: Type, scale: float, causal: bool = False) -> Type:
-    """softmax(q·k * scale + bias) v, logits and softmax in float32; grouped heads.
-
-    q [b, m, heads, d], k [b, n, groups, d], v [b, n, groups, dv] → [b, m, heads, dv]; heads is a
-    multiple of groups. Further operands: a bool mask [b|1, m|1, n] (true: may look) and a float bias
-    [b|1, heads|1, m|1, n]. A query that may look nowhere attends uniformly. `causal` lets query i
-    see the keys up to n - m + i.
-    """
-    floating(q, k, v)
-    same_dtype(q, k, v)
-    require(len(q.shape) == len(k.shape) == len(v.shape) == 4, f"expected four axes each, found {q}, {k}, {v}")
-    b, m, heads, d = q.shape
-    n, groups = k.shape[1:3]
-    require(k.shape[0] == v.shape[0] == b and v.shape[1:3] == (n, groups), f"k {k} and v {v} do not pair with q {q}")
-    require(k.shape[3] == d and heads % groups == 0, f"heads of q {q} and k {k} do not group")
-    require(len({e.dtype == "bool" for e in extra}) == len(extra), "at most one bool mask and one float bias")
-    for e in extra:
-        full = (b, m, n) if e.dtype == "bool" else (b, heads, m, n)
-        fits = len(e.shape) == len(full) and broadcast(e.shape, full) == full and e.shape[-1] == n
-        require(fits, f"{'mask' if e.dtype == 'bool' else 'bias'} {e} does not broadcast to {full}")
-    return Type(q.dtype, (b, m, heads, v.shape[3]))
-
-
-def _conv2d(
-    x: Tensor, w: Tensor, b: Tensor | None = None, *, stride: Any, padding: Any, dilation: Any, groups: int
-) -> Tensor:
-    padded = F.pad(x, (*padding[1], *padding[0]))
-    return F.conv2d(padded, w, b, stride=stride, dilation=dilation, groups=groups)
-
-
-def _conv2d_cost(o: Op) -> Cost:
-    return traffic(o, 2 * o.outputs[0].type.size * math.prod(o.inputs[1].type.shape[1:]))
-
-
-@op(evaluate=_conv2d, cost=_conv2d_cost)
-def conv2d(
-    x: Type,
-    w: Type,
-    *bias: Type,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-) -> Type:
-    """A 2-D convolution: x [n, c, h, w], w [o, c/groups, kh, kw], bias [o] where given.
-
-    `padding` is ((top, bottom), (left, right)), in zeros, so that every framework's rule can be written.
-    """
-    floating(x, w, *bias)
-    same_dtype(x, w, *bias)
-    require(len(x.shape) == len(w.shape) == 4, f"expected [n,c,h,w] and [o,c/g,kh,kw], found {x}, {w}")
-    out, fan = w.shape[:2]
-    require(fan * groups == x.shape[1] and out % groups == 0, f"{groups} groups do not fit {x} and {w}")
-    require(len(bias) <= 1 and all(t.shape == (out,) for t in bias), f"the bias must be {(out,)}")
-    spatial = [window(x.shape[2 + i], w.shape[2 + i], stride[i], padding[i], dilation[i]) for i in range(2)]
-    return Type(x.dtype, (x.shape[0], out, *spatial))
-
-
-def _relative_bias(table: Tensor, q: Tensor, k: Tensor, bidirectional: bool, max_distance: int) -> Tensor:
-    buckets = table.shape[0]
-    distance = k[None, :].long() - q[:, None].long()
-    base = torch.zeros_like(distance)
-    if bidirectional:
-        buckets //= 2
-        base = (distance > 0).long() * buckets
-        distance = distance.abs()
-    else:
-        distance = (-distance).clamp(min=0)
-    exact = buckets // 2
-    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
-    return table[base + torch.where(distance < exact, distance, far)].permute(2, 0, 1).contiguous()
-
-
-@op(evaluate=_relative_bias)
-def relative_position_bias(
-    table: Type, queries: Type, keys: Type, *, bidirectional: bool, max_distance: int = 128
-) -> Type:
-    """T5's bias: table [buckets, heads], positions [m] and [n] → [heads, m, n].
-
-    Source: transformers `mt5/modeling_mt5.py`, `_relative_position_bucket`. The relative position is
-    key - query; half of the buckets are exact distances, the others grow with the logarithm up to
-    `max_distance`; `bidirectional` gives each sign its own half.
-    """
-    floating(table)
-    integer(queries, keys)
-    require(len(table.shape) == 2 and table.shape[0] % 4 == 0, f"the table must be [4·n, heads], found {table}")
-    require(len(queries.shape) == len(keys.shape) == 1, f"positions must be vectors, found {queries}, {keys}")
-    return Type(table.dtype, (table.shape[1], *queries.shape, *keys.shape))
 
 
 # ---- control --------------------------------------------------------------------------------------
@@ -556,8 +358,8 @@ def _loop_cost(o: Op) -> Cost:
     return sum((OPS[i.name].cost(i) for i in o.body.ops), Cost()) * o.attrs["trips"]
 
 
-define(OpDef("return", _check_return, cost=_no_traffic, defaults={}, required=("names",), doc="End of a function."))
-define(OpDef("yield", _terminator_types, cost=_no_traffic, defaults={}, doc="End of a loop body."))
+define(OpDef("return", _check_return, cost=no_traffic, defaults={}, required=("names",), doc="End of a function."))
+define(OpDef("yield", _terminator_types, cost=no_traffic, defaults={}, doc="End of a loop body."))
 define(
     OpDef(
         "loop",
@@ -588,4 +390,3 @@ def axis_name(t: Type, axis: int) -> int:
     """The canonical name of an axis: -1 for the last, otherwise not negative."""
     at = axis_of(t, axis)
     return -1 if at == len(t.shape) - 1 else at
-

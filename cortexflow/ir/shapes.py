@@ -18,7 +18,7 @@ def require(condition: bool, message: str) -> None:
 
 def broadcast(*shapes: Shape) -> Shape:
     """The numpy broadcast of some shapes."""
-    rank = max(len(s) for s in shapes)
+    rank = max((len(s) for s in shapes), default=0)
     padded = [(1,) * (rank - len(s)) + s for s in shapes]
     out = tuple(next((d for d in dims if d != 1), 1) for dims in zip(*padded, strict=True))
     for shape in padded:
@@ -45,6 +45,12 @@ def integer(*types: Type) -> None:
     """Require integer operands."""
     for t in types:
         require(t.dtype in INTEGERS, f"expected an integer operand, found {t}")
+
+
+def numeric(*types: Type) -> None:
+    """Require numbers: floating-point or integer operands."""
+    for t in types:
+        require(t.dtype != "bool", f"expected numbers, found {t}; cast first")
 
 
 def axis_of(t: Type, axis: int) -> int:
@@ -81,6 +87,8 @@ def slice_bounds(extent: int, start: int, stop: int | None, step: int) -> tuple[
 
 def window(extent: int, kernel: int, stride: int, pad: tuple[int, int], dilation: int) -> int:
     """Output extent of a convolution along one axis."""
+    require(stride >= 1 and dilation >= 1, f"stride and dilation are positive, found {stride} and {dilation}")
+    require(min(pad) >= 0, f"padding is not negative, found {pad}")
     span = extent + pad[0] + pad[1] - dilation * (kernel - 1) - 1
     require(span >= 0, f"a kernel of {kernel} (dilation {dilation}) is larger than the padded extent of {extent}")
     return span // stride + 1

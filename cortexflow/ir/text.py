@@ -16,7 +16,7 @@ from typing import Any
 
 from cortexflow.errors import ParseError
 from cortexflow.ir.builder import OPS
-from cortexflow.ir.core import Block, Func, Module, Op, Type, Value
+from cortexflow.ir.core import DTYPE_BYTES, Block, Func, Module, Op, Type, Value
 
 # ---- printing -------------------------------------------------------------------------------------
 
@@ -31,10 +31,15 @@ def dump(module: Module | Func) -> str:
 
 
 def _literal(value: Any) -> str:
-    if isinstance(value, Type):
-        return str(value)
-    if isinstance(value, tuple):
-        return "(" + ", ".join(map(_literal, value)) + ("," if len(value) == 1 else "") + ")"
+    match value:
+        case Type():
+            return str(value)
+        case tuple():
+            return "(" + ", ".join(map(_literal, value)) + ("," if len(value) == 1 else "") + ")"
+        case list():
+            return "[" + ", ".join(map(_literal, value)) + "]"
+        case dict():
+            return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
     return repr(value)
 
 
@@ -45,11 +50,18 @@ def _attrs(attrs: dict[str, Any]) -> str:
 def _shown(op: Op) -> dict[str, Any]:
     definition = OPS.get(op.name)
     defaults = (definition and definition.defaults) or {}
-    hidden = {k for k, v in op.attrs.items() if k in defaults and defaults[k] == v and type(defaults[k]) is type(v)}
+    hidden = {k for k, v in op.attrs.items() if k in defaults and _literal(defaults[k]) == _literal(v)}
     if op.outputs:
-        t = op.outputs[0].type
-        hidden |= {k for k in ("type", "dtype", "shape") if k in op.attrs and op.attrs[k] == _implied(op, k, t)}
-    return {k: v for k, v in op.attrs.items() if k not in hidden}
+        implied = {k: _implied(op, k, op.outputs[0].type) for k in ("type", "dtype", "shape")}
+        hidden |= {k for k, v in implied.items() if v is not None and op.attrs.get(k) == v}
+    return {k: v for k, v in _ordered(op).items() if k not in hidden}
+
+
+def _ordered(op: Op) -> dict[str, Any]:
+    """The attributes in the order of the op's definition."""
+    definition = OPS.get(op.name)
+    known = (*definition.required, *(definition.defaults or ())) if definition else ()
+    return {k: op.attrs[k] for k in (*known, *op.attrs) if k in op.attrs}
 
 
 def _implied(op: Op, attribute: str, result: Type) -> Any:
@@ -63,8 +75,13 @@ def _implied(op: Op, attribute: str, result: Type) -> Any:
     return None
 
 
+def _label(name: str) -> str:
+    """A label as it is printed: names in the way of the syntax are bent, numbers are not labels."""
+    return "" if name.isdecimal() else re.sub(r"[^\w.\-]", "_", name)
+
+
 class _Names:
-    """Unique printed names: a value's label where it has one, else its number."""
+    """Unique printed names: a value's label where it has one that parses back, else its number."""
 
     def __init__(self) -> None:
         self.of: dict[Value, str] = {}
@@ -72,7 +89,7 @@ class _Names:
 
     def __call__(self, value: Value) -> str:
         if value not in self.of:
-            name = stem = value.name or str(len(self.of))
+            name = stem = _label(value.name) or str(len(self.of))
             n = 0
             while name in self.taken:
                 n += 1
@@ -97,7 +114,8 @@ def _block_lines(block: Block, names: _Names, indent: str) -> Iterator[str]:
     for op in block.ops:
         operands = ", ".join(map(names, op.inputs))
         attrs = _shown(op)
-        note = f"  # {op.note}" if op.note else ""
+        words = op.note.split()
+        note = f"  # {' '.join(words)}" if words else ""
         head = f"{op.name}({operands})" + (f" {_attrs(attrs)}" if attrs else "")
         body = None
         if op.body:  # arguments are named before the results, and the body before both
@@ -116,14 +134,12 @@ def _block_lines(block: Block, names: _Names, indent: str) -> Iterator[str]:
 
 # ---- parsing --------------------------------------------------------------------------------------
 
-_TYPE = re.compile(r"(\w+)\[([\d,]*)\]$")
+_TYPE = re.compile(r"(\w+)\[((?:\d+(?:,\d+)*)?)\]")
 _NAME = r"%[\w.\-]+"
-_FUNC = re.compile(r"func @([\w.]+)\((.*)\) \{$")
-_OP = re.compile(
-    rf"(?:(?P<out>{_NAME}(?:, {_NAME})*) = )?(?P<name>[\w.]+)\((?P<ins>[^)]*)\)"
-    r"(?: \{(?P<attrs>.*?)\})?(?:(?: do \((?P<args>[^)]*)\) \{)|(?: : (?P<types>[\w\[\], ]+?)))?(?:  # (?P<note>.*))?$"
-)
-_CLOSE = re.compile(r"\}(?: : (?P<types>[\w\[\], ]+))?$")
+_FUNC = re.compile(r"func @([\w.\-]+)\((.*)\) \{")
+_OP = re.compile(rf"(?:(?P<out>{_NAME}(?:, {_NAME})*) = )?(?P<name>[\w.]+)\((?P<ins>[^)]*)\)")  # then {attributes}
+_REST = re.compile(r"(?: do \((?P<args>[^)]*)\) \{| : (?P<types>[\w\[\], ]+?))?(?: +# (?P<note>.*))?")
+_CLOSE = re.compile(r"\}(?: : (?P<types>[\w\[\], ]+))?")
 
 
 def parse(text: str) -> Module:
@@ -134,12 +150,15 @@ def parse(text: str) -> Module:
         line = raw.strip()
         if not line or line.startswith("//"):
             continue
-        if line.startswith("module "):
-            module.meta = _parse_attrs(line[len("module ") :].strip()[1:-1], number)
-        elif m := _FUNC.match(line):
+        if line.startswith("module {") and line.endswith("}"):
+            module.meta = _parse_attrs(line[len("module {") : -1], number)
+        elif m := _FUNC.fullmatch(line):
             env: dict[str, Value] = {}
             func = Func(m[1], Block(_parse_args(m[2], env, number)))
-            _parse_block(func.block, env, lines, number)
+            if func.name in module.funcs:
+                raise ParseError(f"line {number}: @{func.name} is defined twice")
+            if types := _parse_block(func.block, env, lines, number):
+                raise ParseError(f"line {number}: @{func.name} ends in result types {types!r}; its return has them")
             module.funcs[func.name] = func
         else:
             raise ParseError(f"line {number}: expected `module`, `func` or a comment, found {line[:80]!r}")
@@ -150,7 +169,7 @@ def _parse_block(block: Block, env: dict[str, Value], lines: Iterator[tuple[int,
     """Read ops up to the closing brace; returns the result types printed behind it."""
     for number, raw in lines:
         line = raw.strip()
-        if m := _CLOSE.match(line):
+        if m := _CLOSE.fullmatch(line):
             return m["types"] or ""
         if not line or line.startswith("//"):
             continue
@@ -161,42 +180,41 @@ def _parse_block(block: Block, env: dict[str, Value], lines: Iterator[tuple[int,
 
 def _parse_op(line: str, env: dict[str, Value], lines: Iterator[tuple[int, str]], number: int) -> Op:
     m = _OP.match(line)
-    if not m:
+    attrs, rest = _braced(line[m.end() :]) if m else ("", "")
+    r = _REST.fullmatch(rest)
+    if not m or not r:
         raise ParseError(f"line {number}: not an op: {line[:120]!r}")
-    name, types = m["name"], m["types"] or ""
+    name, types = m["name"], r["types"] or ""
     if name not in OPS:
         raise ParseError(f"line {number}: unknown op {name!r}")
     inputs = [_lookup(n, env, number) for n in _split(m["ins"])]
-    op = Op(name, inputs, _parse_attrs(m["attrs"] or "", number), note=m["note"] or "")
-    if m["args"] is not None:
-        op.body = Block(_parse_args(m["args"], env, number))
+    op = Op(name, inputs, _parse_attrs(attrs, number), note=r["note"] or "")
+    if r["args"] is not None:
+        op.body = Block(_parse_args(r["args"], env, number))
         types = _parse_block(op.body, env, lines, number)
     results = [_parse_type(t, number) for t in _split(types)]
     outs = _split(m["out"] or "")
     if len(outs) != len(results):
         raise ParseError(f"line {number}: {len(outs)} results but {len(results)} result types")
-    op.attrs = _restore(op, results)
+    _restore(op, results)
     op.outputs = [_define(n, t, env, number, op) for n, t in zip(outs, results, strict=True)]
     return op
 
 
-def _restore(op: Op, results: list[Type]) -> dict[str, Any]:
-    """The attributes with those that printing leaves out, in the order of the op's definition."""
+def _restore(op: Op, results: list[Type]) -> None:
+    """Add the attributes that printing leaves out."""
     definition = OPS[op.name]
-    attrs = {**(definition.defaults or {}), **op.attrs}
-    for k in definition.required + tuple(definition.defaults or {}):
-        if k not in op.attrs and results:
-            implied = _implied(op, k, results[0])
-            if implied is not None:
-                attrs[k] = implied
-    return {k: attrs[k] for k in (*(definition.defaults or {}), *definition.required, *attrs) if k in attrs}
+    known = (*definition.required, *(definition.defaults or ()))
+    implied = {k: _implied(op, k, results[0]) for k in known} if results else {}
+    given = {k: v for k, v in implied.items() if v is not None} | op.attrs
+    op.attrs = {**(definition.defaults or {}), **given}
+    op.attrs = _ordered(op)
 
 
 def _define(name: str, t: Type, env: dict[str, Value], number: int, op: Op | None = None) -> Value:
     if name in env:
         raise ParseError(f"line {number}: {name} is defined twice")
-    label = name[1:]
-    env[name] = Value(t, "" if label.isdigit() else label, op)
+    env[name] = Value(t, _label(name[1:]), op)
     return env[name]
 
 
@@ -214,29 +232,44 @@ def _parse_args(text: str, env: dict[str, Value], number: int) -> list[Value]:
 
 
 def _parse_type(text: str, number: int) -> Type:
-    m = _TYPE.match(text.strip())
-    if not m:
+    m = _TYPE.fullmatch(text.strip())
+    if not m or m[1] not in DTYPE_BYTES:
         raise ParseError(f"line {number}: not a type: {text!r}")
     return Type(m[1], tuple(int(d) for d in m[2].split(",") if d))
 
 
-def _split(text: str) -> list[str]:
-    """Split at the commas that stand outside brackets and quotes."""
-    parts, depth, quote, last = [], 0, "", 0
+def _outside(text: str) -> Iterator[tuple[int, str]]:
+    """The characters that stand outside quotes and brackets, brackets themselves included, with their places."""
+    depth, quote, escaped = 0, "", False
     for i, c in enumerate(text):
         if quote:
-            quote = "" if c == quote and text[i - 1] != "\\" else quote
+            quote = "" if c == quote and not escaped else quote
+            escaped = c == "\\" and not escaped
         elif c in "'\"":
             quote = c
-        elif c in "[({":
-            depth += 1
-        elif c in "])}":
-            depth -= 1
-        elif c == "," and depth == 0:
-            parts.append(text[last:i].strip())
-            last = i + 1
+        else:
+            depth -= c in "])}"
+            if depth == 0:
+                yield i, c
+            depth += c in "[({"
+
+
+def _split(text: str, at: str = ",") -> list[str]:
+    """Split at the commas that stand outside brackets and quotes."""
+    parts, last = [], 0
+    for i in [i for i, c in _outside(text) if c == at]:
+        parts.append(text[last:i].strip())
+        last = i + 1
     tail = text[last:].strip()
     return [*parts, tail] if tail else parts
+
+
+def _braced(text: str) -> tuple[str, str]:
+    """What stands in the braces that a text starts with, and what follows them."""
+    if not text.startswith(" {"):
+        return "", text
+    end = next((i for i, c in _outside(text) if c == "}"), 0)
+    return (text[2:end], text[end + 1 :]) if end else ("", text)
 
 
 def _parse_attrs(text: str, number: int) -> dict[str, Any]:
@@ -245,6 +278,8 @@ def _parse_attrs(text: str, number: int) -> dict[str, Any]:
         key, sep, value = item.partition("=")
         if not sep:
             raise ParseError(f"line {number}: expected key=value, found {item!r}")
+        if key in found:
+            raise ParseError(f"line {number}: {key} is given twice")
         found[key] = _parse_literal(value, number)
     return found
 
@@ -255,9 +290,19 @@ _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 def _parse_literal(text: str, number: int) -> Any:
     if text in _SPECIAL:
         return _SPECIAL[text]
-    if _TYPE.match(text):
+    if _TYPE.fullmatch(text):
         return _parse_type(text, number)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise ParseError(f"line {number}: not a literal: {text!r}") from None
+    except (ValueError, SyntaxError, TypeError):
+        pass
+    items = _split(text[1:-1])  # Python's own literals know neither types nor infinities
+    match text[:1] + text[-1:]:
+        case "()":
+            return tuple(_parse_literal(i, number) for i in items)
+        case "[]":
+            return [_parse_literal(i, number) for i in items]
+        case "{}" if all(len(_split(i, ":")) == 2 for i in items):
+            pairs = (_split(i, ":") for i in items)
+            return {_parse_literal(k, number): _parse_literal(v, number) for k, v in pairs}
+    raise ParseError(f"line {number}: not a literal: {text!r}")
