@@ -7,26 +7,27 @@ and nothing of this package.
 from __future__ import annotations
 
 import inspect
+import keyword
 import linecache
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cortexflow.codegen import torch_kernels
 from cortexflow.codegen.target import Target
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Block, Func, Module, Op, Value, uses
 from cortexflow.ir.dtypes import TORCH_DTYPES
+from cortexflow.kernels.torch import functions
 
 Rule = Callable[..., str]
 
 CLAIMS = frozenset({"fused.linear", "fused.attention_segments"})
 _KEEP_BYTES = 1 << 16  # smaller values are left to the end of the method
+_WIDTH = 120  # longer lists of names are wrapped
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "eq": "==", "and": "&", "or": "|"}
 _CALLS = {"pow": "torch.pow", "max": "torch.maximum", "min": "torch.minimum", "where": "torch.where"}
@@ -55,10 +56,14 @@ def _reduction(fn: str) -> Rule:
     return rule
 
 
+def _literal(value: Any) -> str:
+    """A number, or a tuple of numbers, as Python writes it."""
+    return repr(value).replace("inf", "math.inf").replace("nan", "math.nan")
+
+
 def _const(op: Op) -> str:
-    value, dtype, shape = op.attrs["value"], _dtype(op.attrs["dtype"]), op.attrs["shape"]
-    text = repr(value).replace("inf", "math.inf").replace("nan", "math.nan")
-    made = f"torch.tensor({text}, dtype={dtype}, device=self.device)"
+    dtype, shape = _dtype(op.attrs["dtype"]), op.attrs["shape"]
+    made = f"torch.tensor({_literal(op.attrs['value'])}, dtype={dtype}, device=self.device)"
     return f"{made}.reshape({shape!r})" if len(shape) > 1 else made
 
 
@@ -72,6 +77,7 @@ def _slice(op: Op, x: str) -> str:
 
 def _gather(op: Op, table: str, index: str) -> str:
     axis, rank = op.attrs["axis"] % len(op.inputs[0].type.shape), len(op.inputs[1].type.shape)
+    index = f"{index}.long()" if op.inputs[1].type.dtype == "u8" else index  # bytes would select as a mask does
     if rank == 0:
         return f"{table}[{index}]" if axis == 0 else f"{table}.select({axis}, int({index}))"
     if axis == 0:
@@ -99,12 +105,12 @@ def _matmul(op: Op, x: str, w: str) -> str:
 
 
 def _layer_norm(op: Op, x: str, scale: str = "None", shift: str = "None") -> str:
-    t = op.inputs[0].type
-    eps = repr(op.attrs["eps"])
-    if t.dtype in ("f32", "f64"):
-        return f"F.layer_norm({x}, {t.shape[-1:]!r}, {scale}, {shift}, {eps})"
-    affine = [f"{p}.float()" if p != "None" else p for p in (scale, shift)]
-    return f"F.layer_norm({x}.float(), {t.shape[-1:]!r}, {', '.join(affine)}, {eps}).to({_dtype(t.dtype)})"
+    t, width = op.inputs[0].type, op.inputs[0].type.shape[-1:]
+    wide = "f64" if t.dtype == "f64" else "f32"
+    texts = zip((x, scale, shift), [v.type.dtype for v in op.inputs] + [wide, wide], strict=False)
+    x, scale, shift = (p if dtype == wide else f"{p}.to({_dtype(wide)})" for p, dtype in texts)
+    made = f"F.layer_norm({x}, {width!r}, {scale}, {shift}, {op.attrs['eps']!r})"
+    return made if t.dtype == wide else f"{made}.to({_dtype(t.dtype)})"
 
 
 def _softmax(op: Op, x: str) -> str:
@@ -122,7 +128,19 @@ def _linear(op: Op, x: str, w: str, b: str) -> str:
 
 def _pad(op: Op, x: str) -> str:
     pads = [n for pair in reversed(op.attrs["pads"]) for n in pair]
-    return f"F.pad({x}, {pads!r}, value={op.attrs['value']!r})"
+    return f"F.pad({x}, {pads!r}, value={_literal(op.attrs['value'])})"
+
+
+def _cumsum(op: Op, x: str) -> str:
+    t = op.out.type.dtype
+    if t in ("bf16", "f16"):
+        return f"{x}.float().cumsum({op.attrs['axis']}).to({_dtype(t)})"
+    return f"{x}.cumsum({op.attrs['axis']}, dtype={_dtype(t)})"
+
+
+def _closing(items: Sequence[str]) -> str:
+    """The end of a tuple's display."""
+    return ",)" if len(items) == 1 else ")"
 
 
 RULES: dict[str, Rule] = {
@@ -137,7 +155,7 @@ RULES: dict[str, Rule] = {
     "reshape": lambda op, x: f"{x}.reshape({op.attrs['shape']!r})",
     "transpose": lambda op, x: f"{x}.permute({op.attrs['perm']!r})",
     "broadcast_to": lambda op, x: f"{x}.expand({op.attrs['shape']!r})",
-    "concat": lambda op, *xs: f"torch.cat(({', '.join(xs)},), dim={op.attrs['axis']})",
+    "concat": lambda op, *xs: f"torch.cat(({', '.join(xs)}{_closing(xs)}, dim={op.attrs['axis']})",
     "slice": _slice,
     "pad": _pad,
     "gather": _gather,
@@ -146,7 +164,7 @@ RULES: dict[str, Rule] = {
     "reduce_mean": _reduction("mean"),
     "reduce_max": _reduction("amax"),
     "argmax": lambda op, x: f"{x}.argmax({op.attrs['axis']}, keepdim={op.attrs['keepdims']}).to(torch.int32)",
-    "cumsum": lambda op, x: f"{x}.cumsum({op.attrs['axis']}, dtype={_dtype(op.out.type.dtype)})",
+    "cumsum": _cumsum,
     "matmul": _matmul,
     "softmax": _softmax,
     "rms_norm": lambda op, x, g="None": f"rms_norm({x}, {g}, {op.attrs['eps']!r})",
@@ -184,12 +202,14 @@ def emit_source(module: Module) -> str:
     """The source of a module: weights table, the functions it needs, `Policy` with a method for each stage."""
     keys = list(module.weight_types())
     buffers = {key: f"w{i}" for i, key in enumerate(keys)}
-    methods = [_Method(stage, buffers).text() for stage in module.stages]
+    names = method_names(module)
+    methods = [_Method(stage, names[stage.name], buffers).text() for stage in module.stages]
     body = "\n\n".join([*methods, _forward(module)])
     family = module.meta.get("family")
     title = f"{family or 'A module'}: " + ", ".join(
         f"{k}={v}" for k, v in module.meta.items() if k not in ("family", "keep")
     )
+    title = re.sub(r'[\\"]', "'", title)  # it stands in a docstring
     table = "\n".join(f"    {key!r}: {name!r},  # {module.weight_types()[key]}" for key, name in buffers.items())
     return (
         _HEAD.format(title=title.rstrip(": "))
@@ -199,6 +219,12 @@ def emit_source(module: Module) -> str:
         + body
         + "\n"
     )
+
+
+def method_names(module: Module) -> dict[str, str]:
+    """The method of each stage: the stage's name, where Python and `nn.Module` leave it free."""
+    taken = _Names({*dir(nn.Module), "forward", "device", *(f"w{i}" for i in range(len(module.weight_types())))})
+    return {stage.name: taken.new(stage.name) for stage in module.stages}
 
 
 _CLASS = '''class Policy(nn.Module):
@@ -219,57 +245,87 @@ _CLASS = '''class Policy(nn.Module):
 
 def _used_functions(body: str) -> str:
     """The text of the functions that the source calls, callees first."""
-    known = {n: f for n, f in vars(torch_kernels).items() if inspect.isfunction(f)}
-    texts = {n: inspect.getsource(f) for n, f in known.items()}
-    wanted = {n for n in known if re.search(rf"\b{n}\(", body)}
-    wanted |= {n for n in known for w in set(wanted) if n != w and re.search(rf"\b{n}\(", texts[w])}
-    return "".join(f"{texts[n]}\n\n" for n in known if n in wanted)
+    texts = {n: inspect.getsource(f) for n, f in vars(functions).items() if inspect.isfunction(f)}
+    wanted = {n for n in texts if _calls(n, body)}
+    wanted |= {n for n in texts for w in wanted if n != w and _calls(n, texts[w])}
+    return "".join(f"{text}\n\n" for n, text in texts.items() if n in wanted)
+
+
+def _calls(name: str, text: str) -> bool:
+    return re.search(rf"(?<![\w.]){name}\(", text) is not None
 
 
 def _forward(module: Module) -> str:
-    lines = [f"    def forward(self, {', '.join(f'{n}: Tensor' for n in module.inputs)}) -> dict[str, Tensor]:"]
+    methods, taken, names = method_names(module), _Names({"self"}), {}
+    for name in (*module.inputs, *(n for stage in module.stages for n in stage.results)):
+        names[name] = names.get(name) or taken.new(name)
+    args = ["self", *(f"{names[n]}: Tensor" for n in module.inputs)]
+    lines = _wrapped("    def forward(", args, ") -> dict[str, Tensor]:")
     for stage in module.stages:
-        results = ", ".join(map(_identifier, stage.results))
-        lines.append(
-            f"        {results}{',' if len(stage.results) == 1 else ''} = self.{stage.name}({', '.join(map(_identifier, stage.args))})"
-        )
-    outputs = ", ".join(f"{n!r}: {_identifier(n)}" for n in module.outputs)
-    return "\n".join([*lines, f"        return {{{outputs}}}"])
+        given, made = ([names[n] for n in part] for part in (stage.args, stage.results))
+        call = _wrapped(f"self.{methods[stage.name]}(", given, ")", "        ")
+        results = _wrapped("        (", made, _closing(made) + " = ") if made else ["        "]
+        lines += [*results[:-1], results[-1] + call[0], *call[1:]]
+    return "\n".join([*lines, *_wrapped("        return {", [f"{n!r}: {names[n]}" for n in module.outputs], "}")])
 
 
-def _identifier(name: str) -> str:
-    """A Python name for a value's or a result's name."""
-    clean = re.sub(r"\W", "_", name)
-    return f"_{clean}" if not clean or clean[0].isdigit() else clean
+def _wrapped(head: str, items: list[str], tail: str, indent: str | None = None) -> list[str]:
+    """`head item, item tail` on one line, or the items on lines of their own where that is too long."""
+    indent = re.match(r" *", head)[0] if indent is None else indent  # type: ignore[index]
+    if len(head) + len(tail) + sum(len(i) + 2 for i in items) <= _WIDTH:
+        return [head + ", ".join(items) + tail]
+    lines = [f"{indent}    "]
+    for item in items:
+        if len(lines[-1]) + len(item) + 2 > _WIDTH:
+            lines.append(f"{indent}    ")
+        lines[-1] += f"{item}, "
+    lines[-1] = lines[-1].rstrip(", ")
+    return [head, *(line.rstrip() for line in lines), indent + tail]
+
+
+# what the source itself says: a value of such a name would hide it
+_RESERVED = {*keyword.kwlist, *vars(functions), "nn", "Policy", "WEIGHTS", "range", "bool", "int", "tuple", "dict"}
+
+
+class _Names:
+    """Python names, each given once."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self.taken = set(taken)
+
+    def new(self, wish: str) -> str:
+        """The wished name where it is a free Python name, else one like it."""
+        stem = re.sub(r"\W", "_", wish, flags=re.ASCII)
+        stem = f"_{stem}" if not stem or stem[0].isdigit() else stem
+        name, n = stem, 1
+        while name in self.taken or name in _RESERVED:
+            n += 1
+            name = f"{stem}_{n}"
+        self.taken.add(name)
+        return name
 
 
 class _Method:
     """One stage as a method: names for values, lines of code, and when a value may go."""
 
-    def __init__(self, func: Func, buffers: Mapping[str, str]) -> None:
-        self.func, self.buffers = func, buffers
+    def __init__(self, func: Func, title: str, buffers: Mapping[str, str]) -> None:
+        self.func, self.title, self.buffers = func, title, buffers
         self.names: dict[Value, str] = {}
-        self.taken: set[str] = {"self"}
+        self.taken = _Names({"self"})
         self.lines: list[str] = []
         self.left = uses(func.block)
 
     def text(self) -> str:
         """The method's source."""
-        args = [f"{self.name(a)}: Tensor" for a in self.func.block.args]
+        args = ["self", *(f"{self.name(a)}: Tensor" for a in self.func.block.args)]
+        head = _wrapped(f"    def {self.title}(", args, ") -> tuple[Tensor, ...]:")
         self.block(self.func.block, "        ", set(self.func.block.args), [])
-        head = f"    def {self.func.name}(self, {', '.join(args)}) -> tuple[Tensor, ...]:"
-        return "\n".join([head, *self.lines])
+        return "\n".join([*head, *self.lines])
 
     def name(self, v: Value) -> str:
         """The value's own name where it is free, else a number."""
         if v not in self.names:
-            stem = name = _identifier(v.name) if v.name else f"t{len(self.names)}"
-            n = 1
-            while name in self.taken:
-                n += 1
-                name = f"{stem}_{n}"
-            self.taken.add(name)
-            self.names[v] = name
+            self.names[v] = self.taken.new(v.name or f"t{len(self.names)}")
         return self.names[v]
 
     def block(self, block: Block, indent: str, own: set[Value], carried: list[str]) -> None:
@@ -280,17 +336,17 @@ class _Method:
             if op.name == "weight":
                 self.names[op.out] = f"self.{self.buffers[op.attrs['key']]}"
             elif op.name == "return":
-                self.lines.append(f"{indent}return {', '.join(self.operand(v, op) for v in op.inputs)},")
+                results = [self.operand(v, op) for v in op.inputs]
+                self.lines += _wrapped(f"{indent}return (", results, _closing(results))
             elif op.name == "yield":
-                self.end_of_step(op, indent, carried)
+                self.end_of_step(op, indent, own, carried)
             elif op.name == "loop":
-                self.loop(op, indent)
                 own.update(op.outputs)
-                self.let_go(op, own, indent)
+                self.loop(op, indent, own)
             else:
-                self.statement(op, indent)
                 own.update(op.outputs)
-                self.let_go(op, own, indent)
+                self.statement(op, indent)
+                self.let_go(op.inputs, own, indent, op.outputs)
 
     def statement(self, op: Op, indent: str) -> None:
         """One op, one line."""
@@ -298,7 +354,7 @@ class _Method:
         if rule is None:
             raise TargetError(f"target 'torch' has no rule for op {op.name!r}{f' at {op.note}' if op.note else ''}")
         expression = rule(op, *[self.operand(v, op) for v in op.inputs])
-        self.lines.append(f"{indent}{self.name(op.out)} = {expression}  # {op.out.type}  {op.note}".rstrip())
+        self.lines.append(f"{indent}{self.name(op.out)} = {expression}  # {op.out.type}  {_line(op.note)}".rstrip())
 
     def operand(self, v: Value, reader: Op) -> str:
         """How an operand is written: by name, a scalar constant as a number where Python's arithmetic allows it."""
@@ -306,11 +362,13 @@ class _Method:
             return self.name(v)
         others = [i for i in reader.inputs if i is not v]
         plain = reader.name in _INFIX and others and not any(o.op and _is_scalar(o.op) for o in others)
-        if plain and v.type.dtype in ("f32", "i32") and math.isfinite(v.op.attrs["value"]):
+        # number / tensor is number * (1 / tensor) in torch: not the same quotient
+        plain = plain and not (reader.name == "div" and reader.inputs[0] is v)
+        if plain and v.type.dtype in ("f32", "i32") and abs(v.op.attrs["value"]) < 3e38:
             return f"({v.op.attrs['value']!r})" if v.op.attrs["value"] < 0 else repr(v.op.attrs["value"])
         return _const(v.op)
 
-    def loop(self, op: Op, indent: str) -> None:
+    def loop(self, op: Op, indent: str, own: set[Value]) -> None:
         """A counted loop that reassigns its carried names."""
         assert op.body is not None
         step, *args = op.body.args
@@ -318,8 +376,9 @@ class _Method:
         if carried:
             init = ", ".join(self.operand(v, op) for v in op.inputs)
             self.lines.append(f"{indent}{', '.join(carried)} = {init}")
-        counter = f"{self.name(step)}_number"
-        self.lines.append(f"{indent}for {counter} in range({op.attrs['trips']}):  # {op.note}".rstrip(" #"))
+            self.let_go(op.inputs, own, indent)
+        counter = self.taken.new(f"{self.name(step)}_number")
+        self.lines.append(f"{indent}for {counter} in range({op.attrs['trips']}):  # {_line(op.note)}".rstrip(" #"))
         inner = indent + "    "
         if all(o.name in ("gather", "cache_update") and o.inputs[-1] is step for o in _readers_of(step, op.body)):
             self.names[step] = counter
@@ -327,32 +386,37 @@ class _Method:
             self.lines.append(
                 f"{inner}{self.name(step)} = torch.tensor({counter}, dtype=torch.int32, device=self.device)"
             )
-        self.block(op.body, inner, set(), carried)
+        self.block(op.body, inner, set(args), carried)
         for out, name in zip(op.outputs, carried, strict=True):
             self.names[out] = name
+        self.let_go([], own, indent, [*uses(op.body), *op.outputs])
 
-    def end_of_step(self, op: Op, indent: str, carried: list[str]) -> None:
+    def end_of_step(self, op: Op, indent: str, own: set[Value], carried: list[str]) -> None:
         """Hand the yielded values to the next step, and stop where the body says so."""
         names = [self.operand(v, op) for v in op.inputs]
         stop = names.pop(0) if len(names) > len(carried) else None
+        if stop in carried:  # it is about to be reassigned
+            self.lines.append(f"{indent}{(stopping := self.taken.new('stop'))} = {stop}")
+            stop = stopping
         if carried:
             self.lines.append(f"{indent}{', '.join(carried)} = {', '.join(names)}")
+        self.let_go(op.inputs, {v for v in own if self.names.get(v) not in carried}, indent)
         if stop:
             self.lines += [f"{indent}if bool({stop}):", f"{indent}    break"]
         if not carried and not stop:
             self.lines.append(f"{indent}pass")
 
-    def let_go(self, op: Op, own: set[Value], indent: str) -> None:
-        """Delete the large values that this op was the last to read."""
-        reads = Counter(op.inputs)
-        if op.body:
-            reads += uses(op.body)
+    def let_go(self, read: Iterable[Value], own: set[Value], indent: str, others: Iterable[Value] = ()) -> None:
+        """Delete the large values among those just read, and among others, that nothing reads any more."""
+        reads = Counter(read)
         self.left.subtract(reads)
-        kept = {self.names.get(o) for o in op.outputs}
-        large = [v for v in reads if v in own and self.left[v] <= 0 and v.type.nbytes >= _KEEP_BYTES]
-        gone = [v for v in large if self.names[v] not in kept]
-        if gone:
-            self.lines.append(f"{indent}del {', '.join(self.names[v] for v in gone)}")
+        large = [v for v in dict.fromkeys([*reads, *others]) if v in own and v.type.nbytes >= _KEEP_BYTES]
+        if gone := [self.names[v] for v in large if self.left[v] <= 0]:
+            self.lines.append(f"{indent}del {', '.join(gone)}")
+
+
+def _line(note: str) -> str:
+    return " ".join(note.split())
 
 
 def _is_scalar(op: Op) -> bool:
@@ -370,7 +434,8 @@ class TorchExecutable:
     """The generated module with its weights on a device."""
 
     def __init__(self, module: Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        self._stages = {s.name: (list(s.args), list(s.results)) for s in module.stages}
+        methods = method_names(module)
+        self._stages = {s.name: (methods[s.name], list(s.args), list(s.results)) for s in module.stages}
         self._outputs = list(module.outputs)
         self._device = device
         self._text = emit_source(module)
@@ -378,17 +443,17 @@ class TorchExecutable:
 
     def run_stage(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run one stage on named inputs."""
-        args, results = self._stages[name]
+        method, args, results = self._stages[name]
         with torch.inference_mode():
-            values = getattr(self.policy, name)(*[inputs[n].to(self._device) for n in args])
+            values = getattr(self.policy, method)(*[inputs[n].to(self._device) for n in args])
         return dict(zip(results, values, strict=True))
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run all stages."""
+        """Run all stages. The results are the caller's own: none is a view of an input, a weight or another result."""
         values = dict(inputs)
         for name in self._stages:
             values |= self.run_stage(name, values)
-        return {n: values[n] for n in self._outputs}
+        return {n: values[n].clone(memory_format=torch.contiguous_format) for n in self._outputs}
 
     def source(self) -> str:
         """The generated source."""

@@ -52,7 +52,7 @@ class Value:
 
     type: Type
     name: str = ""
-    op: Op | None = None  # None: a block argument, or a wildcard of a pattern
+    op: Op | None = field(default=None, repr=False)  # None: a block argument, or a wildcard of a pattern
 
 
 @dataclass(eq=False, slots=True)

@@ -25,15 +25,16 @@ def attention(
     n, groups = k.shape[1], k.shape[2]
     per = heads // groups
     rows = q.reshape(b, m, groups, per, d).permute(0, 2, 3, 1, 4).reshape(b, groups, per * m, d)
-    add = None if bias is None else bias.to(q.dtype)
+    kind = torch.float32 if q.dtype == torch.float16 else q.dtype  # float16 has no number low enough to hide behind
+    add = None if bias is None else bias.to(kind)
     if mask is not None:  # a finite fill: a query that may look nowhere attends uniformly
-        fill = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        fill = fill.masked_fill(~mask, torch.finfo(q.dtype).min).unsqueeze(1)
-        add = fill if add is None else add.masked_fill(~mask.unsqueeze(1), torch.finfo(q.dtype).min)
+        fill = torch.zeros(mask.shape, dtype=kind, device=q.device)
+        fill = fill.masked_fill(~mask, torch.finfo(kind).min).unsqueeze(1)
+        add = fill if add is None else add.masked_fill(~mask.unsqueeze(1), torch.finfo(kind).min)
     if causal:
         later = torch.ones(m, n, dtype=torch.bool, device=q.device).triu(n - m + 1)
-        base = torch.zeros(1, 1, m, n, dtype=q.dtype, device=q.device) if add is None else add
-        add = base.masked_fill(later, torch.finfo(q.dtype).min)
+        base = torch.zeros(1, 1, m, n, dtype=kind, device=q.device) if add is None else add
+        add = base.masked_fill(later, torch.finfo(kind).min)
     if add is not None and per > 1 and (add.shape[1] > 1 or add.shape[2] > 1):
         add = add.expand(add.shape[0], heads, m, n).reshape(add.shape[0], groups, per * m, n)
     out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=add, scale=scale)

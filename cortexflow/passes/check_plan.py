@@ -1,0 +1,148 @@
+"""Is a buffer plan safe? The module runs on names in place of numbers, in an arena that remembers who wrote what.
+
+Every read of bytes that something else has overwritten since is an error. The simulation shares only
+tables and the plan itself with the planner, so that a mistake there shows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from cortexflow.errors import VerifyError
+from cortexflow.ir.builder import OPS
+from cortexflow.ir.core import DTYPE_BYTES, Block, Module, Op, Value
+from cortexflow.passes.plan_buffers import ALIGNMENT, IN_PLACE, SOURCES, Copy, Plan, described
+
+
+def check_plan(module: Module, plan: Plan, in_place: Mapping[str, tuple[int, ...]] = IN_PLACE) -> None:
+    """Raise `VerifyError` where the plan lets an op read bytes that something else has overwritten.
+
+    Runs every op in order, and every loop body twice (a third iteration meets what the second met).
+    """
+    for root, size in plan.sizes.items():
+        if plan.offsets[root] % ALIGNMENT or size < root.type.nbytes:
+            raise VerifyError(f"plan: {described(root)} is not aligned to {ALIGNMENT} bytes, or too small")
+    run = _Simulation(plan, in_place)
+    wired: dict[str, Value] = {}
+    for name in module.inputs:  # all of them are there before the first stage starts
+        run.write(next(stage.args[name] for stage in module.stages if name in stage.args))
+    for stage in module.stages:
+        for name, arg in stage.args.items():
+            run.hand_over([wired.setdefault(name, arg)], [arg], ())
+        run.block(stage.block)
+        wired |= stage.results
+    for name in module.outputs:
+        run.read(wired[name], f"the caller reads %{name}")
+
+
+class _Simulation:
+    """Runs ops on names in place of numbers: which content each byte of the arena holds."""
+
+    def __init__(self, plan: Plan, in_place: Mapping[str, tuple[int, ...]]) -> None:
+        self.plan, self.in_place = plan, in_place
+        self.content: dict[Value, int] = {}  # what a value is: an index into `names`
+        self.names = ["nothing"]
+        self.copies: dict[tuple[Op, bool], list[Copy]] = {}
+        for copy in plan.copies:
+            self.copies.setdefault((copy.op, copy.each_iteration), []).append(copy)
+        edges = sorted({e for v in plan.offsets for e in self.span(v)})
+        if edges and not 0 <= edges[0] <= edges[-1] <= plan.peak:
+            raise VerifyError(f"plan: values lie in {edges[0]}..{edges[-1]}, outside an arena of {plan.peak} bytes")
+        self.index = {e: i for i, e in enumerate(edges)}
+        self.held = np.zeros(len(edges), np.int64)  # the content between one edge and the next
+
+    def span(self, v: Value) -> tuple[int, int]:
+        """First byte, and the one behind the last; of no bytes for a weight, a constant or a view of one."""
+        root = self.plan.alias_of.get(v, v)
+        if v not in self.plan.offsets:
+            if root.op and root.op.name in SOURCES:
+                return 0, 0
+            raise VerifyError(f"plan: {described(v)} has no place")
+        reach = sum((d - 1) * s for d, s in zip(v.type.shape, self.plan.layout(v).strides, strict=True)) + 1
+        start = self.plan.offsets[v]
+        return start, start + reach * DTYPE_BYTES[v.type.dtype] * (v.type.size > 0)
+
+    def bytes_of(self, v: Value) -> np.ndarray:
+        lo, hi = self.span(v)
+        return self.held[self.index[lo] : self.index[hi]] if hi else self.held[:0]
+
+    def read(self, v: Value, why: str) -> None:
+        wrong = self.bytes_of(v)[self.bytes_of(v) != self.content.get(v, -1)]
+        if wrong.size:
+            raise VerifyError(f"plan: {why}, but {described(v)} was overwritten by {self.names[int(wrong[0])]}")
+
+    def write(self, v: Value) -> None:
+        """A new content in the value's bytes."""
+        self.names.append(described(v))
+        self.content[v] = len(self.names) - 1
+        self.bytes_of(v)[:] = self.content[v]
+
+    def place(self, v: Value) -> tuple[int | None, list[int]]:
+        """Where the first element is, and the strides that matter."""
+        strides = zip(v.type.shape, self.plan.layout(v).strides, strict=True)
+        return self.plan.offsets.get(v), [s for d, s in strides if d != 1]
+
+    def overlap(self, v: Value, w: Value) -> bool:
+        (a, b), (c, d) = self.span(v), self.span(w)
+        return a < d and c < b
+
+    def hand_over(self, sources: Sequence[Value], targets: Sequence[Value], copies: Sequence[Copy]) -> None:
+        """Each target becomes its source: by a copy, or because it is the same place already."""
+        contents = [self.content[s] for s in sources]
+        for copy in copies:
+            self.read(copy.source, "a copy reads it")
+            if self.overlap(copy.source, copy.target):
+                raise VerifyError(f"plan: a copy to {described(copy.target)} overlaps its source")
+            self.bytes_of(copy.target)[:] = self.content[copy.source]
+            if copy.target not in targets:  # a value that stepped aside
+                self.content[copy.target] = self.content[copy.source]
+        copied = {copy.target for copy in copies}
+        for source, target, content in zip(sources, targets, contents, strict=True):
+            if target not in copied and self.place(source) != self.place(target):
+                raise VerifyError(f"plan: {described(target)} is not where {described(source)} is")
+            self.content[target] = content  # whether the bytes still hold it shows when somebody reads them
+
+    def block(self, block: Block) -> None:
+        for op in block.ops:
+            if len(op.outputs) == 1 and op.out in self.plan.layouts:
+                self.view(op)
+                continue
+            for v in op.inputs:
+                self.read(v, f"{op.name} {op.note} reads it")
+            if op.body:
+                self.loop(op, op.body)
+                continue
+            if op.name == "cache_update":
+                self.hand_over(op.inputs[:1], op.outputs, self.copies.get((op, False), ()))
+            for out in op.outputs:
+                for k, v in enumerate(op.inputs):
+                    same = self.place(v) == self.place(out) and v.type.shape == out.type.shape
+                    if self.overlap(v, out) and not (same and k in self.in_place.get(op.name, ())):
+                        raise VerifyError(f"plan: {op.name} {op.note} writes over its operand {k}")
+                self.write(out)
+
+    def view(self, op: Op) -> None:
+        """A view is where torch says that it is."""
+        x, out, rule = op.inputs[0], op.out, OPS[op.name].evaluate
+        (start, strides), (found_start, found) = self.plan.layout(x), self.plan.layout(out)
+        base = torch.empty_strided(x.type.shape, strides, device="meta")
+        shown = base.view(out.type.shape) if OPS[op.name].view or not rule else rule(base, **op.attrs)
+        moved = shown.storage_offset() * DTYPE_BYTES[x.type.dtype]
+        at = [self.plan.offsets.get(v, layout_start) for v, layout_start in ((x, start), (out, found_start))]
+        same = all(d == 1 or a == b for d, a, b in zip(out.type.shape, shown.stride(), found, strict=True))
+        if not same or found_start - start != moved or at[1] - at[0] != moved:
+            raise VerifyError(f"plan: {described(out)} is not where its operand is, with strides {found}")
+        self.content[out] = self.content[x]
+
+    def loop(self, op: Op, body: Block) -> None:
+        carries, sources, copies = body.args[1:], op.inputs, self.copies.get((op, False), ())
+        for _ in range(min(op.attrs["trips"], 2)):
+            self.hand_over(sources, carries, copies)
+            self.write(body.args[0])
+            self.block(body)
+            sources, copies = body.ops[-1].inputs[int(op.attrs["early_stop"]) :], self.copies.get((op, True), ())
+        self.hand_over(sources, carries, copies)
+        self.hand_over(carries, op.outputs, ())
