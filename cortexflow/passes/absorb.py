@@ -6,11 +6,14 @@ weights and a loop's step) alone; `hoist` then computes those once.
 
 from __future__ import annotations
 
-from cortexflow.ir.core import Func, Module, Op, Value, readers
+from collections.abc import Callable
+
+from cortexflow.ir.core import FLOATS, Func, Module, Op, Value, readers
 from cortexflow.ir.ops import (
     add,
     broadcast_to,
     cast,
+    concat,
     conv2d,
     layer_norm,
     matmul,
@@ -19,18 +22,36 @@ from cortexflow.ir.ops import (
     rms_norm,
     slice_,
 )
+from cortexflow.passes.dce import sweep
 from cortexflow.passes.dependence import Dependence, Level
 from cortexflow.passes.rewrite import Rule, producer, rewrite_func
 
 
 def absorb(module: Module) -> int:
     """Apply every rule below; returns how often they fired."""
-    return sum(rewrite_func(f, *_rules(f)) for f in module.funcs.values())
+    return sum(map(_absorb, module.funcs.values()))
+
+
+def _absorb(func: Func) -> int:
+    """Until nothing fires; who reads what is looked up anew each time, when replaced readers are gone."""
+    total = 0
+    while fired := rewrite_func(func, *_rules(func)):
+        total += fired
+        sweep(func)
+    return total
 
 
 def _rules(func: Func) -> list[Rule]:
     level = Dependence(func)
     read_by = readers(func.block)
+    home = {op: block for block in func.block.blocks() for op in block.ops}
+
+    def only(op: Op, reader: Op) -> bool:
+        """Whether an op serves this reader alone, in the same block: else folding would do its work twice.
+
+        Ops that came since `read_by` was made have to wait for their turn.
+        """
+        return read_by.get(op.out) == [reader] and home[op] is home[reader]
 
     def static(v: Value) -> bool:
         return level(v) == Level.STATIC
@@ -39,19 +60,26 @@ def _rules(func: Func) -> list[Rule]:
         """Whether a value can be tabulated before an inference."""
         return level(v) <= Level.STEP
 
+    def fits(op: Op, x: Value) -> bool:
+        """Whether an op is x @ w with a static matrix w."""
+        w = op.inputs[-1] if op.name == "matmul" and op.inputs[0] is x else None
+        return w is not None and static(w) and len(w.type.shape) == 2
+
     def norm_factor(op: Op) -> Value | None:
         """norm(x)·g @ w = norm(x) @ (g·w), and a LayerNorm's shift b becomes the bias b @ w.
 
         Only where every reader of the norm is such a product: otherwise the norm would run twice.
         """
-        if op.name != "matmul" or not static(op.inputs[1]) or len(op.inputs[1].type.shape) != 2:
+        if op.name != "matmul":
             return None
         x, w = op.inputs
         norm = producer(x, "rms_norm") or producer(x, "layer_norm")
         if norm is None or len(norm.inputs) == 1 or not all(map(static, norm.inputs[1:])):
             return None
-        if not all(r.name == "matmul" and r.inputs[0] is x and static(r.inputs[1]) for r in read_by.get(x, [])):
+        if op not in read_by.get(x, []) or not all(fits(r, x) and home[r] is home[norm] for r in read_by[x]):
             return None
+        if len({v.type.dtype == "f64" for v in (w, *norm.inputs[1:])}) > 1:
+            return None  # float64 beside narrower ones: no one precision to fold in
         eps, width = norm.attrs["eps"], x.type.shape[-1]
         factor = reshape(precise(norm.inputs[1]), shape=(width, 1))
         scaled = cast(mul(precise(w), factor), dtype=w.type.dtype)
@@ -67,7 +95,7 @@ def _rules(func: Func) -> list[Rule]:
         if op.name != "mul" or not static(op.inputs[1]) or not _per_column(op.inputs[1], op.out):
             return None
         product = producer(op.inputs[0], "matmul")
-        if product is None or not static(product.inputs[1]) or len(read_by.get(product.out, [])) > 1:
+        if product is None or not static(product.inputs[1]) or not only(product, op):
             return None
         x, w = product.inputs
         scaled = mul(precise(w), precise(op.inputs[1]))
@@ -80,10 +108,13 @@ def _rules(func: Func) -> list[Rule]:
         if op.name != "mul" or not static(op.inputs[1]) or not _per_column(op.inputs[1], op.out):
             return None
         total = producer(op.inputs[0], "add")
-        if total is None or not known(total.inputs[1]) or not producer(total.inputs[0], "matmul"):
+        product = producer(total.inputs[0], "matmul") if total else None
+        if total is None or product is None or not known(total.inputs[1]) or not static(product.inputs[1]):
+            return None
+        if not only(total, op) or not only(product, total):
             return None
         a, b = total.inputs
-        return add(mul(a, op.inputs[1]), mul(b, op.inputs[1]))
+        return add(mul(a, op.inputs[1]), _rounded_once(mul, b, op.inputs[1]))
 
     def sum_of_knowns(op: Op) -> Value | None:
         """(x + b) + c = x + (b + c) where b and c are known beforehand."""
@@ -92,24 +123,27 @@ def _rules(func: Func) -> list[Rule]:
         inner = producer(op.inputs[0], "add")
         if inner is None or not known(inner.inputs[1]) or known(inner.inputs[0]):
             return None
-        together = add(_unrepeated(inner.inputs[1]), _unrepeated(op.inputs[1]))
+        together = _rounded_once(add, _unrepeated(inner.inputs[1]), _unrepeated(op.inputs[1]))
         return add(inner.inputs[0], together) if inner.inputs[0].type == op.out.type else None
 
     def split_concat(op: Op) -> Value | None:
-        """[a, b] @ w = a @ w₀ + b @ w₁ where one part is known beforehand."""
+        """[a, b] @ w = a @ w₀ + b @ w₁ where b is known beforehand."""
         if op.name != "matmul" or not static(op.inputs[1]):
             return None
-        joined = producer(op.inputs[0], "concat")
-        if joined is None or joined.attrs["axis"] != -1 or not any(map(known, joined.inputs)):
+        x, w = op.inputs
+        joined = producer(x, "concat")
+        if joined is None or joined.attrs["axis"] != -1 or len(w.type.shape) != 2:
             return None
-        total: Value | None = None
+        rows: list[Value] = []
         at = 0
-        for part in sorted(joined.inputs, key=known):
-            at = sum(v.type.shape[-1] for v in joined.inputs[: joined.inputs.index(part)])
-            rows = slice_(op.inputs[1], axis=0, start=at, stop=at + part.type.shape[-1])
-            term = matmul(part, rows, **op.attrs)
-            total = term if total is None else add(total, term)
-        return total
+        for part in joined.inputs:
+            rows.append(slice_(w, axis=0, start=at, stop=at + part.type.shape[-1]))
+            at += part.type.shape[-1]
+        pairs = list(zip(joined.inputs, rows, strict=True))
+        early, late = [p for p in pairs if known(p[0])], [p for p in pairs if not known(p[0])]
+        if not early or not late:
+            return None
+        return add(_product(late, op), _product(early, op))
 
     def narrow_broadcast(op: Op) -> Value | None:
         """A product of repeated rows is the repeated product."""
@@ -131,8 +165,10 @@ def _rules(func: Func) -> list[Rule]:
         first = producer(total.inputs[0] if total else op.inputs[0], "matmul")
         if first is None or not static(first.inputs[1]) or (total and not static(total.inputs[1])):
             return None
+        if not only(first, total or op) or (total and not only(total, op)):
+            return None
         u, w = first.inputs[1], op.inputs[1]
-        if len(u.type.shape) != 2 or len(w.type.shape) != 2:
+        if len(u.type.shape) != 2 or len(w.type.shape) != 2 or u.type.dtype != w.type.dtype:
             return None
         k, mid, n = *u.type.shape, w.type.shape[1]
         if k * n >= k * mid + mid * n:
@@ -152,7 +188,7 @@ def _rules(func: Func) -> list[Rule]:
         if op.name not in ("mul", "add") or not static(op.inputs[1]):
             return None
         conv = producer(op.inputs[0], "conv2d")
-        if conv is None or not all(map(static, conv.inputs[1:])) or len(read_by.get(conv.out, [])) > 1:
+        if conv is None or not all(map(static, conv.inputs[1:])) or not only(conv, op):
             return None
         c, channels = op.inputs[1], conv.out.type.shape[1]
         if c.type.shape not in ((channels, 1, 1), (1, channels, 1, 1)):
@@ -160,10 +196,10 @@ def _rules(func: Func) -> list[Rule]:
         x, w, *bias = conv.inputs
         per_channel = reshape(c, shape=(channels,))
         if op.name == "add":
-            bias = [add(bias[0], per_channel) if bias else per_channel]
+            bias = [_rounded_once(add, bias[0], per_channel) if bias else per_channel]
         else:
-            w = mul(w, reshape(c, shape=(channels, 1, 1, 1)))
-            bias = [mul(b, per_channel) for b in bias]
+            w = _rounded_once(mul, w, reshape(c, shape=(channels, 1, 1, 1)))
+            bias = [_rounded_once(mul, b, per_channel) for b in bias]
         return conv2d(x, w, *bias, **conv.attrs)
 
     return [
@@ -179,10 +215,25 @@ def _rules(func: Func) -> list[Rule]:
 
 
 def precise(v: Value) -> Value:
-    """A static value before it was rounded to the graph's precision: folds are rounded once, at their end."""
+    """A known value in float32, before it was rounded to the graph's precision; float64 stays."""
+    if v.type.dtype == "f64":
+        return v
     inner = producer(v, "cast")
     source = inner.inputs[0] if inner else v
     return source if source.type.dtype == "f32" else cast(v, dtype="f32")
+
+
+def _rounded_once(op: Callable[[Value, Value], Value], a: Value, b: Value) -> Value:
+    """The sum or product of two known values: folds are computed precisely and rounded once, at their end."""
+    return cast(op(precise(a), precise(b)), dtype=a.type.dtype) if a.type.dtype in FLOATS else op(a, b)
+
+
+def _product(pairs: list[tuple[Value, Value]], op: Op) -> Value:
+    """The columns of a matmul's left operand that stand in these pairs, times their rows."""
+    if len(pairs) == 1:
+        return matmul(*pairs[0], **op.attrs)
+    x, w = concat(*[p[0] for p in pairs], axis=-1), concat(*[p[1] for p in pairs], axis=0)
+    return matmul(x, w, **op.attrs)
 
 
 def _unrepeated(v: Value) -> Value:

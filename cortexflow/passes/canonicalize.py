@@ -59,7 +59,7 @@ def _cast(op: Op) -> Value | None:
     inner = producer(x, "cast")
     if inner:
         source = inner.inputs[0]
-        if (source.type.dtype, x.type.dtype) in _EXACT and dtype in FLOATS + ("i32", "i64"):
+        if (source.type.dtype, x.type.dtype) in _EXACT and dtype in (*FLOATS, "i32", "i64"):
             return cast(source, dtype=dtype)
     return None
 

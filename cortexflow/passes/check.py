@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cortexflow.ir.core import FLOATS, Module, Type
+from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.ir.interpreter import run_module
-from cortexflow.ir.ops import TORCH_DTYPES
 
 
 class Check:
@@ -20,7 +20,7 @@ class Check:
         self.inputs = {n: random_input(t, generator) for n, t in module.inputs.items()}
         given = module.weights
         self.weights = {
-            k: given[k] if k in given else random_input(t, generator) * t.shape[-1] ** -0.5
+            k: given[k] if k in given else random_input(t, generator) * (t.shape or (1,))[-1] ** -0.5
             for k, t in module.weight_types().items()
         }
         self.results = self._run(module)
@@ -28,10 +28,7 @@ class Check:
     def after(self, name: str, module: Module) -> float:
         """The largest change of an output since the last call, relative to the output's largest entry."""
         new = self._run(module)
-        moved = max(
-            (float((new[n] - old).abs().max() / old.abs().max().clamp(min=1e-30)) for n, old in self.results.items()),
-            default=0.0,
-        )
+        moved = max((_distance(new[n], old) for n, old in self.results.items()), default=0.0)
         print(f"cortexflow: {name} moved the result by {moved:.1e}", file=sys.stderr)
         self.results = new
         return moved
@@ -39,6 +36,13 @@ class Check:
     def _run(self, module: Module) -> dict[str, Tensor]:
         results = run_module(module, self.inputs, self.weights, torch.float32)
         return {n: results[n].double() for n in module.outputs}
+
+
+def _distance(new: Tensor, old: Tensor) -> float:
+    """The largest change of an entry relative to the largest entry; infinite where a number appears or goes."""
+    changed = ~((new == old) | (new.isnan() & old.isnan()))
+    moved = ((new - old).abs() / old.nan_to_num().abs().max().clamp(min=1e-30))[changed]
+    return float(moved.nan_to_num(nan=torch.inf).max()) if changed.any() else 0.0
 
 
 def random_input(t: Type, generator: torch.Generator) -> Tensor:

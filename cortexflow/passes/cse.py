@@ -24,7 +24,9 @@ def _block(block: Block, seen: dict[Any, Op]) -> int:
             # repr tells 1 from True and 0.0 from -0.0, which compare equal
             key = (op.name, tuple(map(id, op.inputs)), repr(op.attrs))
             if key in seen:
-                new.update(zip(op.outputs, seen[key].outputs, strict=True))
+                for gone, same in zip(op.outputs, seen[key].outputs, strict=True):
+                    new[gone] = same
+                    same.name = same.name or gone.name
                 removed += 1
                 continue
             seen[key] = op

@@ -16,20 +16,16 @@ from cortexflow.ir.ops import broadcast_to, cache_update, const, reshape
 def expose(module: Module, *patterns: str) -> list[str]:
     """Return every named value that a pattern (`prefix_layer_*`) matches; gives the names of the new results."""
     found: list[str] = []
+    names = {n for stage in module.stages for n in (*stage.args, *stage.results)}  # these are wired already
     for stage in module.stages:
-        names = set(stage.results)
         ret = stage.block.ops[-1]
         for op in list(stage.block.ops):
-            if op.body:
-                outer = [(v.name, _recorded(stage.block, op, v)) for v in _inside(op.body, patterns)]
-            else:
-                outer = [(v.name, v) for v in op.outputs if _wanted(v, patterns)]
-            for name, value in outer:
-                if name not in names:
-                    names.add(name)
-                    found.append(name)
-                    ret.inputs.append(value)
-                    ret.attrs["names"] = (*ret.attrs["names"], name)
+            for v in _inside(op.body, patterns) if op.body else [v for v in op.outputs if _wanted(v, patterns)]:
+                if v.name not in names:
+                    names.add(v.name)
+                    found.append(v.name)
+                    ret.inputs.append(_recorded(stage.block, op, v) if op.body else v)
+                    ret.attrs["names"] = (*ret.attrs["names"], v.name)
     if missing := [p for p in patterns if not any(fnmatchcase(n, p) for n in found)]:
         raise InputError(f"no value is named {', '.join(missing)}; named values are {', '.join(_all_names(module))}")
     module.meta["keep"] = (*module.meta.get("keep", ()), *found)

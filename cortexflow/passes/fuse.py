@@ -113,16 +113,19 @@ def _fuse_func(func: Func, pattern: Pattern, misses: list[Miss] | None) -> int:
 
 def _match(pattern: Value, value: Value, match: Match) -> str:
     """Fit a pattern's value to one of the function; returns why not, or nothing."""
+    seen = pattern in match.values
     bound = match.values.setdefault(pattern, value)
     if bound is not value:
         return f"%{pattern.name or 'an inner value'} stands for two values"
     op, wanted = value.op, pattern.op
-    if wanted is None or op in match.ops:
+    if wanted is None or seen:
         return ""
     if op is None or op.name != wanted.name:
         return f"{wanted.name} is wanted where {op.name if op else 'an argument'} stands"
     if len(op.inputs) != len(wanted.inputs):
         return f"{wanted.name} has {len(op.inputs)} operands instead of {len(wanted.inputs)}"
+    if op in match.ops:
+        return f"one {op.name} would stand for two"
     match.ops.append(op)
     for key, want in wanted.attrs.items():
         have = op.attrs.get(key)
@@ -140,11 +143,14 @@ def _match(pattern: Value, value: Value, match: Match) -> str:
 def _closed(match: Match, own: set[Op], gone: set[Op], counts: Counter[Value]) -> str:
     """Whether the inner ops serve this match alone; returns why not, or nothing."""
     inside = Counter(v for op in match.ops for v in op.inputs)
+    operands = {v for p, v in match.values.items() if p.op is None}
     for op in match.ops[1:]:
         if op in gone:
             return f"{op.name} is already part of another"
         if op not in own:
             return f"{op.name} stands outside the loop"
+        if op.out in operands:
+            return f"{op.name} is an operand as well"
         if counts[op.out] != inside[op.out]:
             return f"{op.name} has {counts[op.out]} readers"
     return ""

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from cortexflow.ir.builder import building, emit, noted
 from cortexflow.ir.core import PREPARE, Block, Func, Module, Op, Type, Value, clone_op
 from cortexflow.ir.ops import broadcast_to, cache_update, const, gather, loop, reshape, weight
+from cortexflow.passes.dce import sweep
 from cortexflow.passes.dependence import Dependence, Level
 
 _CHEAP = ("weight", "const")  # as good as a prepared weight
@@ -22,7 +23,7 @@ def hoist(module: Module) -> int:
     """Move static values and step tables into `prepare`; returns how many weights it makes."""
     if PREPARE in module.funcs:
         return 0
-    plan = _Prepare()
+    plan = _Prepare(module.weight_types())
     for stage in module.stages:
         plan.stage(stage)
     if not plan.results:
@@ -36,7 +37,8 @@ def hoist(module: Module) -> int:
 class _Prepare:
     """The function under construction, and where its values stand."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[str]) -> None:
+        self.given = set(given)  # names that are taken
         self.block = Block()
         self.env: dict[Value, Value] = {}  # a stage's static value → its copy in `prepare`
         self.results: dict[str, Value] = {}
@@ -45,10 +47,11 @@ class _Prepare:
     def stage(self, func: Func) -> None:
         """Take what is static out of one stage."""
         level = Dependence(func)
+        for op in list(func.block.walk()):
+            if op.body:
+                self.tables(op, level)
+        sweep(func)  # what filled a table is dead, and must not ask for weights
         for block in func.block.blocks():
-            for op in list(block.ops):
-                if op.body:
-                    self.tables(op, level)
             self.replace(block, level)
 
     def replace(self, block: Block, level: Dependence) -> None:
@@ -78,7 +81,7 @@ class _Prepare:
         """Return a value from `prepare` under this name, or this name with a number."""
         name = stem
         n = 1
-        while name in self.results:
+        while name in self.results or name in self.given:
             n += 1
             name = f"{stem}#{n}"
         self.results[name] = prepared
@@ -101,6 +104,8 @@ class _Prepare:
         """Tabulate what a loop's body computes from its step."""
         assert op.body is not None
         step, trips = op.body.args[0], op.attrs["trips"]
+        if level(step) == Level.DYNAMIC:
+            return
         wanted = _step_values(op.body, step, level)
         if not wanted:
             return

@@ -5,7 +5,7 @@ x @ w₀, x @ w₁ → slices of x @ [w₀ w₁]: queries, keys and values; gate
 
 from __future__ import annotations
 
-from cortexflow.ir.builder import building, noted
+from cortexflow.ir.builder import building, named, noted
 from cortexflow.ir.core import Block, Module, Op, Value, readers, substitute
 from cortexflow.ir.ops import add, concat, matmul, slice_
 from cortexflow.passes.dependence import Dependence, Level
@@ -24,11 +24,12 @@ def merge(module: Module) -> int:
 
 def _merge_block(block: Block, level: Dependence, read_by: dict[Value, list[Op]]) -> int:
     groups: dict[object, list[Op]] = {}
+    own = set(block.ops)
     for op in block.ops:
         if op.name == "matmul" and len(op.inputs[1].type.shape) == 2 and level(op.inputs[1]) == Level.STATIC:
             if level(op.inputs[0]) != Level.DYNAMIC:
                 continue  # computed once: nothing to gain
-            biased = _bias_of(op, read_by, level) is not None
+            biased = _bias_of(op, read_by, level, own) is not None
             groups.setdefault((op.inputs[0], op.attrs["dtype"], biased), []).append(op)
     fired = 0
     new: dict[Value, Value] = {}
@@ -41,7 +42,7 @@ def _merge_block(block: Block, level: Dependence, read_by: dict[Value, list[Op]]
             at = 0
             for end in ends:
                 width = end.out.type.shape[-1]
-                new[end.out] = slice_(wide, axis=-1, start=at, stop=at + width)
+                new[end.out] = named(slice_(wide, axis=-1, start=at, stop=at + width), end.out.name)
                 at += width
         block.ops += emitted.ops
         fired += len(ops) - 1
@@ -54,10 +55,10 @@ def _merge_block(block: Block, level: Dependence, read_by: dict[Value, list[Op]]
     return fired
 
 
-def _bias_of(op: Op, read_by: dict[Value, list[Op]], level: Dependence) -> Value | None:
-    """The static vector that the only reader of a product adds to it."""
+def _bias_of(op: Op, read_by: dict[Value, list[Op]], level: Dependence, own: set[Op]) -> Value | None:
+    """The static vector that the only reader of a product, in the same block, adds to it."""
     reads = read_by.get(op.out, [])
-    if len(reads) != 1 or reads[0].name != "add" or reads[0].inputs[0] is not op.out:
+    if len(reads) != 1 or reads[0] not in own or reads[0].name != "add" or reads[0].inputs[0] is not op.out:
         return None
     bias = reads[0].inputs[1]
     return bias if level(bias) == Level.STATIC and bias.type.shape == op.out.type.shape[-1:] else None

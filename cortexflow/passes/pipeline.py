@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class Step:
 def run_passes(
     module: Module,
     claims: Callable[[Op], bool] | None = None,
-    passes: tuple[tuple[str, Pass], ...] = PIPELINE,
+    passes: Sequence[tuple[str, Pass]] = PIPELINE,
     keep: bool = True,
 ) -> tuple[Module, list[Step]]:
     """Run the pipeline, then `legalize` for a target that claims some fused ops.

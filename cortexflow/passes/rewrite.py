@@ -14,6 +14,7 @@ from cortexflow.ir.core import Block, Func, Module, Op, Value
 
 Rule = Callable[[Op], Value | Sequence[Value] | None]
 _ROUNDS = 20  # far beyond what any set of rules needs; reaching it means that two rules undo each other
+_DEPTH = 100  # the same for rules that fire on what a rule has just emitted
 
 
 def rewrite(module: Module, *rules: Rule) -> int:
@@ -47,8 +48,10 @@ class _Sweep:
             self.visit(op, block.ops)
         return self.fired
 
-    def visit(self, op: Op, done: list[Op]) -> None:
+    def visit(self, op: Op, done: list[Op], depth: int = 0) -> None:
         """Rewrite one op, and what its replacement is made of, into the list."""
+        if depth > _DEPTH:
+            raise VerifyError(f"{op.name}: rewrites still fire on their own results; do two rules undo each other?")
         op.inputs = [self.current(v) for v in op.inputs]
         if op.body:
             self.block(op.body)
@@ -60,7 +63,7 @@ class _Sweep:
             self.fired += 1
             results = [result] if isinstance(result, Value) else list(result)
             for inner in emitted.ops:
-                self.visit(inner, done)
+                self.visit(inner, done, depth + 1)
             self.replace(op, results)
             return
         done.append(op)
