@@ -1,0 +1,1 @@
+"""Runnable measurements: `python -m benchmarks.<name>`. Results are committed in `results/`."""

@@ -1,0 +1,194 @@
+"""From a checkpoint's directory to what stands around the network: cameras, normalisation, tokenizer.
+
+`load_frontend` reads it, `model_inputs` turns an observation of the robot into inputs of a compiled
+policy, `robot_actions` turns the policy's chunk into actions of the robot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cortexflow.checkpoints import Checkpoint
+from cortexflow.checkpoints.tensors import read_json
+from cortexflow.errors import ConfigError, InputError
+from cortexflow.ir import Type
+from cortexflow.models import Signature, VLAModelType
+from cortexflow.processing import (
+    PROCESSINGS,
+    Processing,
+    PromptTokenizer,
+    Stats,
+    finish_actions,
+    lerobot_options,
+    load_stats,
+    load_tokenizer,
+    prepare_observation,
+    read_image,
+)
+from cortexflow.processing.arrays import Floats
+from cortexflow.processing.normalise import MODES
+from cortexflow.processing.robots import SLOTS
+
+CAMERA = "observation.images."  # LeRobot's prefix of a camera's name
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """Everything between a robot and a compiled policy. `cameras` names the views in the policy's order."""
+
+    processing: Processing
+    cameras: tuple[str, ...]
+    tokenizer: PromptTokenizer
+    stats: Stats | None  # None where the values are scaled already
+
+
+def load_frontend(
+    checkpoint: Checkpoint,
+    signature: Signature,
+    *,
+    processing: str | Processing | None = None,
+    tokenizer: str | Path | None = None,
+    stats: str | Path | None = None,
+) -> Frontend:
+    """Read what belongs to a checkpoint from its directory; what is given here is taken instead.
+
+    `processing` is a `Processing` or a key of `PROCESSINGS`; LeRobot's directories tell it, others must be told.
+    `tokenizer` and `stats` are files or directories. Raises ConfigError, CheckpointError.
+    """
+    rules = find_processing(checkpoint, signature, processing)
+    needed = any(MODES[mode] for mode in (rules.norm, rules.action_norm or rules.norm))
+    home = directory(checkpoint)
+    return Frontend(
+        rules,
+        camera_names(checkpoint, signature.views),
+        load_tokenizer(tokenizer or home),
+        load_stats(stats or home) if needed else None,
+    )
+
+
+def directory(checkpoint: Checkpoint) -> Path:
+    """Where a checkpoint's statistics and tokenizer are looked for."""
+    if checkpoint.path is None:
+        raise ConfigError("this checkpoint is a dictionary without a directory: give processing, tokenizer and stats")
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def find_processing(checkpoint: Checkpoint, signature: Signature, chosen: str | Processing | None = None) -> Processing:
+    """The arithmetic around the network, in the dimensions of the checkpoint and the signature."""
+    config = checkpoint.config
+    family = VLAModelType(config.model_type).value
+    if chosen is not None:
+        rules = _preset(chosen) if isinstance(chosen, str) else chosen
+        if rules.continuous_state != (config.model_type is VLAModelType.PI0):
+            raise ConfigError(f"processing: {chosen!r} does not suit a {family} checkpoint; {_presets(family)}")
+    elif checkpoint.format == "lerobot":
+        rules = replace(PROCESSINGS[f"lerobot_{family}"], **lerobot_options(directory(checkpoint)))
+    else:
+        raise ConfigError(
+            f"processing: {checkpoint.path or 'the dictionary'} ({checkpoint.format}) does not say for which robot it "
+            f"was trained; {_presets(family)} (on the command line: --processing NAME)"
+        )
+    return replace(
+        rules,
+        views=signature.views,
+        image_size=config.image_size,
+        prompt_length=signature.prompt,
+        state_dim=config.state_dim,
+        action_dim=config.action_dim,
+    )
+
+
+def camera_names(checkpoint: Checkpoint, views: int) -> tuple[str, ...]:
+    """Names of the views in order: LeRobot's config.json has them, other formats have openpi's slots."""
+    names: list[str] = []
+    if checkpoint.format == "lerobot" and checkpoint.path is not None:
+        file = directory(checkpoint) / "config.json"
+        features = read_json(file).get("input_features") if file.is_file() else None
+        if isinstance(features, Mapping):
+            visual = [n for n, f in features.items() if isinstance(f, Mapping) and f.get("type") == "VISUAL"]
+            names = [name.removeprefix(CAMERA) for name in visual]
+    known = names or list(SLOTS)
+    return tuple(known[i] if i < len(known) else f"camera_{i}" for i in range(views))
+
+
+def find_camera(name: str, cameras: tuple[str, ...]) -> str:
+    """The camera that a name means: itself, its number, or the only one that contains it.
+
+    `wrist` means the left one where there are two: one-armed robots use that slot. Raises InputError.
+    """
+    if name in cameras:
+        return name
+    if name.isdecimal() and int(name) < len(cameras):
+        return cameras[int(name)]
+    fitting = [camera for camera in cameras if name and name in camera]
+    if name == "wrist" and len(fitting) > 1:
+        fitting = [camera for camera in fitting if "left" in camera] or fitting
+    if len(fitting) == 1:
+        return fitting[0]
+    found = f"a name that fits {' and '.join(fitting)}" if fitting else "none of them"
+    raise InputError(f"camera {name!r}: expected one of {', '.join(cameras)}, or a part of one name, found {found}")
+
+
+def model_inputs(
+    frontend: Frontend,
+    inputs: Mapping[str, Type],
+    *,
+    images: Mapping[str, Any],
+    prompt: str,
+    state: Any = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """What a compiled policy of these `inputs` takes, for one observation; the noise is drawn from `seed`.
+
+    `images` are files or arrays by camera (see `find_camera`); a camera left out is absent. `state` is the
+    robot's own, in its units. Raises InputError.
+    """
+    pictures: dict[str, Any] = {}
+    for name, image in images.items():
+        camera = find_camera(name, frontend.cameras)
+        if camera in pictures:
+            raise InputError(f"camera {camera}: expected one image, found two ({', '.join(images)})")
+        pictures[camera] = read_image(image) if isinstance(image, (str, Path)) else image
+    prepared: Mapping[str, Any] = prepare_observation(
+        frontend.processing,
+        images=[pictures.get(camera) for camera in frontend.cameras],
+        prompt=prompt,
+        tokenizer=frontend.tokenizer,
+        state=state,
+        stats=frontend.stats,
+    )
+    made = {name: torch.from_numpy(value)[None] for name, value in prepared.items() if name in inputs}
+    generator = torch.Generator().manual_seed(seed)
+    return made | {"noise": torch.randn(inputs["noise"].shape, generator=generator)}
+
+
+def robot_actions(frontend: Frontend, actions: Tensor, state: Any = None) -> Floats:
+    """The policy's chunk [1, chunk, action] as the robot's actions [chunk, values], in its units."""
+    return finish_actions(frontend.processing, actions[0].float(), state=state, stats=frontend.stats)
+
+
+def typical_state(frontend: Frontend) -> Floats:
+    """A state the robot could be in: the mean of its statistics, or the middle of their range."""
+    if frontend.stats is None:
+        return np.zeros(frontend.processing.state_dim)
+    known = frontend.stats["state"]
+    return known["mean"] if "mean" in known else (known["q01"] + known["q99"]) / 2
+
+
+def _preset(name: str) -> Processing:
+    if name not in PROCESSINGS:
+        raise ConfigError(f"processing: expected one of {', '.join(PROCESSINGS)}, found {name!r}")
+    return PROCESSINGS[name]
+
+
+def _presets(family: str) -> str:
+    continuous = family == VLAModelType.PI0.value
+    fitting = [name for name, rules in PROCESSINGS.items() if rules.continuous_state == continuous]
+    return f"choose one of {', '.join(fitting)}"
