@@ -24,31 +24,21 @@ from tqdm import tqdm
 
 import cortexflow
 from cortexflow.checkpoints import Checkpoint, open_checkpoint, save_lerobot
-from cortexflow.cli import (
-    FAMILIES,
-    FORMATS,
-    action_table,
-    add_frontend,
-    guarded,
-    heading,
-    numbers,
-    observed,
-    pairs,
-    size_text,
-    table,
-)
-from cortexflow.ir import Block, Module
+from cortexflow.cli import guarded
+from cortexflow.cli.arguments import PROMPT, add_frontend, numbers
+from cortexflow.cli.run import observed
+from cortexflow.cli.text import FAMILIES, FORMATS, action_table, heading, pairs, size_text, table
+from cortexflow.ir import Module
 from cortexflow.ir import run as run_func
+from cortexflow.ir.interpreter import count_runs
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.observation import load_frontend, model_inputs, robot_actions, typical_state
-from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.processing import save_stats
 from cortexflow.processing.stats import make_stats
 
 ASSETS = Path(__file__).parent / "demo_assets"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb")
 IMAGES = {"base": ASSETS / "base.png", "wrist": ASSETS / "wrist.png"}
-PROMPT = "pick up the red cube and put it on the plate"
 TARGETS = ("torch", "onnx")
 KEPT = 2_000_000_000  # bytes of weights that the interpreter may keep in memory
 
@@ -110,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m cortexflow.demo", description="From a checkpoint to robot actions.")
     parser.add_argument("--checkpoint", metavar="DIR", help="a real one; without it a small random π0.5 is written")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default demo-output")
-    parser.add_argument("--prompt", default=PROMPT, metavar="TEXT", help="the instruction")
+    parser.add_argument("--prompt", metavar="TEXT", help=f"the instruction (default: {PROMPT})")
     parser.add_argument("--state", metavar="X,Y,...", help="the robot's state (default: a typical one)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     add_frontend(parser)
@@ -138,8 +128,9 @@ def _demo(args: argparse.Namespace) -> int:
     state = np.asarray(given or (STATE if args.checkpoint is None else typical_state(frontend)))
     # Pictures for the cameras there are: a third one is absent, which the policy knows how to handle.
     images = dict(zip(frontend.cameras, IMAGES.values(), strict=False))
-    inputs = model_inputs(frontend, module.inputs, images=images, prompt=args.prompt, state=state, seed=args.seed)
-    _section("Observation", observed(frontend, inputs, images, args.prompt, state))
+    prompt = args.prompt or (None if checkpoint.fixed_prompt else PROMPT)
+    inputs = model_inputs(frontend, module.inputs, images=images, prompt=prompt, state=state, seed=args.seed)
+    _section("Observation", observed(frontend, inputs, images, prompt, state))
 
     runs = {target: _run(target, checkpoint, inputs, args.output, progress) for target in TARGETS}
     reference = _interpret(module, checkpoint, inputs, progress)
@@ -264,9 +255,8 @@ def _run(target: str, checkpoint: Checkpoint, inputs: Mapping[str, Tensor], outp
             runs.append((time.perf_counter() - start) * 1e3)
             bar.update(1)
     stages = compiled.stage_times(len(runs), **inputs)
-    plan = plan_buffers(compiled.module)
-    weights = sum(t.nbytes for t in compiled.module.weight_types().values())
-    return Run(chunk, seconds, stages, sorted(runs)[len(runs) // 2], weights, plan.peak, plan.lower_bound)
+    plan, whole = compiled.plan, sorted(runs)[len(runs) // 2]
+    return Run(chunk, seconds, stages, whole, compiled.weight_bytes, plan.peak, plan.lower_bound)
 
 
 @contextmanager
@@ -292,17 +282,13 @@ def _interpret(module: Module, checkpoint: Checkpoint, inputs: Mapping[str, Tens
     if checkpoint.sizes()["total"].nbytes < KEPT:  # else they are read again at every step of the flow
         weights = dict(weights)
     values: dict[str, Any] = dict(inputs)
-    total = sum(_count(stage.block) for stage in module.stages)
+    total = sum(count_runs(stage.block) for stage in module.stages)
     with tqdm(total=total, desc="interpreting", unit="op", delay=1.0, leave=False, disable=not progress) as bar:
         for stage in module.stages:
             given = {name: values[name] for name in stage.args}
             values |= run_func(stage, given, weights, torch.float32, lambda op, results: bar.update(1))
     result: Tensor = values[next(iter(module.outputs))]
     return result
-
-
-def _count(block: Block) -> int:
-    return sum(1 + (_count(op.body) * op.attrs["trips"] if op.body else 0) for op in block.ops)
 
 
 # ---- results ---------------------------------------------------------------------------------------

@@ -40,12 +40,23 @@ CAMERA = "observation.images."  # LeRobot's prefix of a camera's name
 
 
 @dataclass(frozen=True)
+class FixedPrompt:
+    """In a tokenizer's place where a file holds the embeddings of one prompt: its tokens are 0, 1, 2, ..."""
+
+    length: int
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """All tokens for the piece that begins the prompt, none for the others."""
+        return list(range(self.length)) if bos else []
+
+
+@dataclass(frozen=True)
 class Frontend:
     """Everything between a robot and a compiled policy. `cameras` names the views in the policy's order."""
 
     processing: Processing
     cameras: tuple[str, ...]
-    tokenizer: PromptTokenizer
+    tokenizer: PromptTokenizer | FixedPrompt
     stats: Stats | None  # None where the values are scaled already
 
 
@@ -64,12 +75,12 @@ def load_frontend(
     """
     rules = find_processing(checkpoint, signature, processing)
     needed = any(MODES[mode] for mode in (rules.norm, rules.action_norm or rules.norm))
-    home = directory(checkpoint)
+    fixed = checkpoint.fixed_prompt
     return Frontend(
         rules,
         camera_names(checkpoint, signature.views),
-        load_tokenizer(tokenizer or home),
-        load_stats(stats or home) if needed else None,
+        FixedPrompt(fixed) if fixed else load_tokenizer(tokenizer or directory(checkpoint)),
+        load_stats(stats or directory(checkpoint)) if needed else None,
     )
 
 
@@ -141,15 +152,23 @@ def model_inputs(
     inputs: Mapping[str, Type],
     *,
     images: Mapping[str, Any],
-    prompt: str,
+    prompt: str | None = None,
     state: Any = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """What a compiled policy of these `inputs` takes, for one observation; the noise is drawn from `seed`.
 
     `images` are files or arrays by camera (see `find_camera`); a camera left out is absent. `state` is the
-    robot's own, in its units. Raises InputError.
+    robot's own, in its units. `prompt` is the instruction; a file that holds a fixed one takes none.
+    Raises InputError.
     """
+    if isinstance(frontend.tokenizer, FixedPrompt) and prompt is not None:
+        raise InputError(
+            f"prompt: this file holds the embeddings of one prompt, of {frontend.tokenizer.length} tokens, and knows "
+            f"no other; found {prompt!r}. Leave it out, or convert the original again for this prompt"
+        )
+    if not isinstance(frontend.tokenizer, FixedPrompt) and prompt is None:
+        raise InputError("prompt: expected the instruction, found None (on the command line: --prompt TEXT)")
     pictures: dict[str, Any] = {}
     for name, image in images.items():
         camera = find_camera(name, frontend.cameras)
@@ -159,7 +178,7 @@ def model_inputs(
     prepared: Mapping[str, Any] = prepare_observation(
         frontend.processing,
         images=[pictures.get(camera) for camera in frontend.cameras],
-        prompt=prompt,
+        prompt=prompt or "",
         tokenizer=frontend.tokenizer,
         state=state,
         stats=frontend.stats,

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,18 @@ from safetensors.torch import load_file, save_file
 import cortexflow
 from cortexflow import cli, demo
 from cortexflow.checkpoints import open_checkpoint, tensors
+from cortexflow.cli import arguments
+from cortexflow.cli import inspect as inspect_command
+from cortexflow.cli import run as run_command
+from cortexflow.cli.diff import defined, renamed
+from cortexflow.cli.dump import lowered
+from cortexflow.codegen import TARGETS, Target
+from cortexflow.codegen.torch import TARGET as TORCH
+from cortexflow.codegen.torch_save import separate
 from cortexflow.errors import ConfigError, InputError
 from cortexflow.ir import Func, dump, parse
 from cortexflow.observation import find_camera, load_frontend
+from tests.checkpoints.test_realtime_vla import PROMPT, to_realtime_vla
 
 DATA = Path(__file__).parent / "data" / "pi"
 TINY = str(DATA / "pi05_tiny")
@@ -153,6 +163,17 @@ def test_inspect_reports_what_does_not_fit(tmp_path: Path, capsys: pytest.Captur
 
 # ---- compile ---------------------------------------------------------------------------------------
 
+
+class Plain:
+    """The least that a target's executable may be."""
+
+    def __init__(self, *built: object) -> None:
+        pass
+
+    def source(self) -> str:
+        return ""
+
+
 ALONE = """
 import sys
 sys.modules["cortexflow"] = None  # importing it is an error
@@ -214,9 +235,23 @@ def test_the_onnx_artefact_runs_in_plain_onnxruntime(output: Callable[..., str],
     assert np.abs(actions - compiled(**inputs).numpy()).max() < 1e-4
 
 
+def test_a_target_without_files_is_an_error(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "plain", Target("plain", TORCH.claims, Plain))
+    assert "target 'plain' cannot be saved" in refused("compile", TINY, "--target", "plain", "-o", "never")
+    assert not Path("never").exists()
+
+
+def test_what_compile_writes_can_be_written_by_hand(output: Callable[..., str], tmp_path: Path) -> None:
+    output("compile", TINY, "-o", str(tmp_path / "by_command"))
+    written = cortexflow.compile(TINY, progress=False).save(tmp_path / "new" / "by_hand")
+    assert [file.name for file in written] == ["policy.py", "weights.safetensors"]
+    for file in written:
+        assert file.read_bytes() == (tmp_path / "by_command" / file.name).read_bytes()
+
+
 def test_weights_that_share_memory_are_written_apart() -> None:
     x = torch.arange(6.0)
-    apart = cli._separate({"a": x, "b": x[:3], "c": torch.ones(2)})
+    apart = separate({"a": x, "b": x[:3], "c": torch.ones(2)})
     assert len({t.untyped_storage().data_ptr() for t in apart.values()}) == 3
     assert torch.equal(apart["b"], x[:3])
 
@@ -274,6 +309,34 @@ def test_run_with_openpis_files(checkpoint: Path, output: Callable[..., str], tm
     expected[:, :6] += demo.STATE[:6]  # the preset's actions are relative to the state
     assert np.abs(found["actions"] - expected).max() < 1e-6
     assert np.abs(act(STATE.replace("0.98", "0.1"))["network"] - found["network"]).max() > 1e-3
+
+
+@pytest.fixture
+def fixed_prompt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A π0 file of realtime-vla with one prompt, and the arguments that it needs."""
+    original, config = open_checkpoint(DATA / "pi0_tiny"), json.loads((DATA / "pi0_tiny" / "config.json").read_text())
+    stored = to_realtime_vla({name: original.load_checked(name) for name in original.tensors}, config)
+    torch.save(stored, tmp_path / "converted.pt")
+    told = {"vision_num_heads": config["vision"]["num_heads"], "num_views": config["num_views"]}
+    told |= {"chunk_size": config["action_horizon"]}
+    monkeypatch.setattr(arguments, "open_checkpoint", partial(open_checkpoint, config_overrides=told))
+    robot = ["--processing", "pi0_libero", "--stats", str(tmp_path / "norm_stats.json"), "--state", STATE]
+    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": demo.STATS}))
+    return [str(tmp_path / "converted.pt"), *IMAGES, *robot]
+
+
+def test_a_fixed_prompt_needs_no_tokenizer(
+    fixed_prompt: list[str], output: Callable[..., str], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    argv = ["run", *fixed_prompt, "--save", str(tmp_path / "a.npz")]
+    assert f"fixed, {len(PROMPT)} of {len(PROMPT)} tokens" in output(*argv)
+    small = np.load(tmp_path / "a.npz")["network"]
+    assert f"fixed, {len(PROMPT)} of 9 tokens" in output(*argv, "--prompt-length", "9")
+    assert np.abs(np.load(tmp_path / "a.npz")["network"] - small).max() < 1e-4
+    facts = json.loads(output("inspect", fixed_prompt[0], "--json"))
+    assert facts["tokenizer"]["found"] and "--prompt" not in facts["command"]
+    message = refused("run", *fixed_prompt, "--prompt", "pick up the cube")
+    assert f"one prompt, of {len(PROMPT)} tokens" in message and "'pick up the cube'" in message
 
 
 @pytest.mark.parametrize(
@@ -385,15 +448,15 @@ def test_diff_is_coloured_on_a_terminal(output: Callable[..., str], monkeypatch:
 @pytest.mark.parametrize("case", ["pi05_tiny", "pi0_tiny2"])
 def test_names_of_a_diff_are_the_same_program(case: str) -> None:
     """The second listing is renamed, and nothing else: every value still has one name of its own."""
-    args = cli._parser().parse_args(["dump", str(DATA / case), "--quiet"])
-    steps = cli._lowered(args)
+    args = cli.parser().parse_args(["dump", str(DATA / case), "--quiet"])
+    steps = lowered(args)
     for before, after in itertools.pairwise(steps):
         for name, func in after.module.funcs.items():
             old = dump(before.module.funcs[name]).splitlines() if name in before.module.funcs else []
             new = dump(func).splitlines()
-            shown = cli.renamed(old, new)
-            defined = [v for line in shown for v in cli._defined(line)]
-            assert len(defined) == len(set(defined))
+            shown = renamed(old, new)
+            names = [v for line in shown for v in defined(line)]
+            assert len(names) == len(set(names))
             again, plain = parse("\n".join(shown)).funcs[name], parse("\n".join(new)).funcs[name]
             assert unnumbered(again) == unnumbered(plain)
             if after.count == 0:
@@ -409,7 +472,7 @@ def test_an_inserted_value_shifts_no_other_line() -> None:
         "  %gate_2 = cos(%3) : f32[2]",
         "  return(%gate_2)",
     ]
-    changes = [line for line in difflib.ndiff(old, cli.renamed(old, new)) if line[0] in "+-"]
+    changes = [line for line in difflib.ndiff(old, renamed(old, new)) if line[0] in "+-"]
     assert changes == ["+   %new1 = abs(%x) : f32[3]"]
 
 
@@ -487,7 +550,9 @@ def test_bad_observations_are_refused_before_compiling(
     refused: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "_compile", lambda *args: pytest.fail("compiled for an observation that is no good"))
+    monkeypatch.setattr(
+        run_command, "compiled", lambda *args: pytest.fail("compiled for an observation that is no good")
+    )
     message = refused("run", str(checkpoint), "--prompt", "pick up the cube", *argv)
     for word in words:
         assert word in message
@@ -531,7 +596,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     def stop(args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_open", stop)
+    monkeypatch.setattr(inspect_command, "opened", stop)
     assert cli.main(["inspect", TINY]) == 130
     assert capsys.readouterr().err == "cortexflow: interrupted\n"
 
@@ -540,7 +605,7 @@ def test_errors_that_nobody_explained_keep_their_traceback(monkeypatch: pytest.M
     def fail(args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "_open", fail)
+    monkeypatch.setattr(inspect_command, "opened", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["inspect", TINY])
 

@@ -40,6 +40,7 @@ class Checkpoint:
     tensors: dict[str, LazyTensor]
     notes: list[str] = field(default_factory=list)  # what the user should know: inferences, fixed prompts
     skipped: dict[str, str] = field(default_factory=dict)  # stored names that are never read, with the reason
+    fixed_prompt: int | None = None  # tokens of the only prompt that the file knows; they are 0, 1, 2, ...
 
     def load_checked(self, name: str) -> torch.Tensor:
         """The values of a tensor; NaN or infinity among them is an error."""
@@ -119,12 +120,13 @@ def _build(
     skipped: dict[str, str] = {}
     layers: list[Facts] = [overrides]
     fixed: Facts = {}
+    fixed_prompt: int | None = None
     if realtime_vla.MARK in stored:
         heads = {field: overrides[field].value for field in ("num_kv_heads", "head_dim") if field in overrides}
         converted = realtime_vla.convert(stored, **heads)
         layers.append(converted.facts)
         notes += converted.notes
-        fixed = converted.fixed
+        fixed, fixed_prompt = converted.fixed, converted.fixed_prompt
         tensors, name, family = converted.tensors, "realtime-vla", converted.family
     else:
         tensors, skipped = lerobot.canonical_tensors(stored)
@@ -142,7 +144,7 @@ def _build(
         name = "lerobot" if lerobot.has_prefix(stored) or dialect == "lerobot" else "openpi"
     shapes = {n: t.shape for n, t in tensors.items()}
     config = infer_config(family, shapes, layers, notes, fixed=fixed, explain=lambda: _because(tensors))
-    return Checkpoint(path, name, family, config, tensors, notes, skipped)
+    return Checkpoint(path, name, family, config, tensors, notes, skipped, fixed_prompt)
 
 
 def _because(tensors: Mapping[str, LazyTensor]) -> str:

@@ -99,6 +99,7 @@ class Converted:
     facts: Facts = field(default_factory=dict)  # an override or another source may say otherwise
     fixed: Facts = field(default_factory=dict)  # none may
     notes: list[str] = field(default_factory=list)
+    fixed_prompt: int | None = None  # tokens of the only prompt that the file knows
 
 
 def uninterleave(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -293,6 +294,7 @@ def _pi0(stored: Mapping[str, LazyTensor], result: Converted, put: Callable, pai
         return value / math.sqrt(width)  # stored as the model sees it: embedding times sqrt(width)
 
     put(EMBEDDING, "language_embeds", None, None, unembed, torch.float32)
+    result.fixed_prompt = length
     result.fixed["max_token_len"] = Fact(length, f"tensor language_embeds {[length, width]}")
     result.notes.append(
         f"fixed prompt: the file holds the embeddings of one prompt of {length} tokens and no token embedding; "

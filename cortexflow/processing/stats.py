@@ -307,8 +307,8 @@ def _load_buffers(file: Path) -> Stats:
             groups[group] |= {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
     if not all(groups.values()):
         raise CheckpointError(
-            f"statistics: {file} has no buffers {', '.join(p[0] + '*' for p in LEROBOT_BUFFERS.values())} "
-            f"(found {', '.join(sorted(tensors)) or 'none'}), and no {PREPROCESSOR} or {OPENPI_FILE} lies beside it; "
-            "copy the statistics of the training run there"
+            f"statistics: {PREPROCESSOR} (LeRobot) or {OPENPI_FILE} (openpi) is missing in {file.parent}, and "
+            f"{file.name} has no buffers {', '.join(p[0] + '*' for p in LEROBOT_BUFFERS.values())} of older LeRobot "
+            f"versions (found {', '.join(sorted(tensors)) or 'none'}); copy the statistics of the training run there"
         )
     return make_stats(groups, str(file))

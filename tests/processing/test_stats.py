@@ -239,7 +239,9 @@ def test_old_buffers(tmp_path: Path, stats: Stats) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     same(load_stats(tmp_path), make_stats({g: {n: v[n] for n in ("mean", "std")} for g, v in stats.items()}))
     save_file({"model.weight": np.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has no buffers normalize_inputs.*found none"):
+    with pytest.raises(
+        CheckpointError, match=r"policy_preprocessor.* missing .*no buffers normalize_inputs.*found none"
+    ):
         load_stats(tmp_path)
     tensors[prefixes["state"] + "mean"] = np.full(8, np.inf)
     save_file(tensors, tmp_path / "model.safetensors")

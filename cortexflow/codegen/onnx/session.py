@@ -60,8 +60,13 @@ class OnnxExecutable:
         """The graph as text, weights by name, dtype and shape."""
         return self.model.text()
 
-    def save(self, path: str | Path, external_over: int = EXTERNAL_OVER) -> list[Path]:
-        """Write the model for any ONNX runtime; returns the files written.
+    def save(self, folder: Path) -> list[Path]:
+        """Write `policy.onnx`, with `policy.onnx.data` beside it where the weights are large."""
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.write(folder / "policy.onnx")
+
+    def write(self, path: str | Path, external_over: int = EXTERNAL_OVER) -> list[Path]:
+        """Write the model to one file for any ONNX runtime; returns the files written.
 
         Weights of more than `external_over` bytes go into `<path>.data` beside it, tensor by tensor.
         """

@@ -24,17 +24,16 @@ def attention(
     b, m, heads, d = q.shape
     n, groups = k.shape[1], k.shape[2]
     per = heads // groups
-    rows = q.reshape(b, m, groups, per, d).permute(0, 2, 3, 1, 4).reshape(b, groups, per * m, d)
-    kind = torch.float32 if q.dtype == torch.float16 else q.dtype  # float16 has no number low enough to hide behind
-    add = None if bias is None else bias.to(kind)
-    if mask is not None:  # a finite fill: a query that may look nowhere attends uniformly
-        fill = torch.zeros(mask.shape, dtype=kind, device=q.device)
-        fill = fill.masked_fill(~mask, torch.finfo(kind).min).unsqueeze(1)
-        add = fill if add is None else add.masked_fill(~mask.unsqueeze(1), torch.finfo(kind).min)
     if causal:
-        later = torch.ones(m, n, dtype=torch.bool, device=q.device).triu(n - m + 1)
-        base = torch.zeros(1, 1, m, n, dtype=kind, device=q.device) if add is None else add
-        add = base.masked_fill(later, torch.finfo(kind).min)
+        earlier = torch.ones(1, m, n, dtype=torch.bool, device=q.device).tril(n - m)
+        mask = earlier if mask is None else mask & earlier
+    add = None if bias is None else bias.to(q.dtype)
+    if mask is not None:  # a finite fill: a query that may look nowhere attends uniformly
+        add = torch.zeros(1, 1, 1, 1, dtype=q.dtype, device=q.device) if add is None else add
+        add = add.masked_fill(~mask.unsqueeze(1), torch.finfo(q.dtype).min)
+        if q.dtype == torch.float16:  # its lowest number leaves differences between logits
+            q = q * mask.any(-1)[..., None, None]
+    rows = q.reshape(b, m, groups, per, d).permute(0, 2, 3, 1, 4).reshape(b, groups, per * m, d)
     if add is not None and per > 1 and (add.shape[1] > 1 or add.shape[2] > 1):
         add = add.expand(add.shape[0], heads, m, n).reshape(add.shape[0], groups, per * m, n)
     out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), attn_mask=add, scale=scale)
@@ -74,6 +73,13 @@ def rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
     y = wide(x)
     y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
     return (y if scale is None else y * wide(scale)).to(x.dtype)
+
+
+def layer_norm(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps), in float32, times a scale and plus a shift where there are any."""
+    y = wide(x)
+    scale, shift = (None if p is None else p.to(y.dtype) for p in (scale, shift))
+    return F.layer_norm(y, x.shape[-1:], scale, shift, eps).to(x.dtype)
 
 
 def cache_update(cache: Tensor, new: Tensor, index: int | Tensor, axis: int) -> Tensor:

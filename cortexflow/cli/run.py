@@ -1,0 +1,68 @@
+"""`cortexflow run`: one observation through the whole policy, from pictures to the robot's actions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cortexflow.cli.arguments import compiled, images, numbers, opened, signature_of
+from cortexflow.cli.text import action_table, heading, pairs, table
+from cortexflow.models import create_model
+from cortexflow.observation import Frontend, find_camera, load_frontend, model_inputs, robot_actions
+
+
+def execute(args: argparse.Namespace) -> int:
+    """One observation in, actions and times out."""
+    pictures, state = images(args.image), numbers(args.state)
+    checkpoint = opened(args)
+    signature = signature_of(args, checkpoint)
+    frontend = load_frontend(
+        checkpoint, signature, processing=args.processing, tokenizer=args.tokenizer, stats=args.stats
+    )
+    types = create_model(checkpoint.config).build(signature).inputs
+    inputs = model_inputs(frontend, types, images=pictures, prompt=args.prompt, state=state, seed=args.seed)
+    policy = compiled(args, checkpoint, signature)
+    chunk = policy(**inputs)
+    assert isinstance(chunk, torch.Tensor)
+    actions = robot_actions(frontend, chunk.cpu(), state)
+    print(heading("Observation"))
+    print(observed(frontend, inputs, pictures, args.prompt, state))
+    print(heading("Actions"))
+    print(action_table(actions))
+    print(heading(f"Latency ({args.target}, {args.device}, median of 5)"))
+    times = policy.stage_times(5, **inputs)
+    rows = [(name, f"{ms:.2f} ms") for name, ms in (*times.items(), ("sum", sum(times.values())))]
+    print(table(None, rows))
+    if args.save:
+        path = args.save if args.save.suffix == ".npz" else args.save.with_name(args.save.name + ".npz")
+        np.savez(path, actions=actions, network=chunk[0].float().cpu().numpy(), noise=inputs["noise"][0].numpy())
+        print(f"\nwrote {path}: actions (the robot's units), network (normalised), noise")
+    return 0
+
+
+def observed(
+    frontend: Frontend,
+    inputs: Mapping[str, torch.Tensor],
+    pictures: Mapping[str, str | Path],
+    prompt: str | None,
+    state: Any,
+) -> str:
+    """Which file went to which camera, how much of the bucket the prompt fills, and the state."""
+    from PIL import Image
+
+    rows = dict.fromkeys(frontend.cameras, "absent")
+    for name, file in pictures.items():
+        with Image.open(file) as picture:
+            size = f"{picture.width} x {picture.height}"
+        to = f"{frontend.processing.image_size} x {frontend.processing.image_size}"
+        rows[find_camera(name, frontend.cameras)] = f"{Path(file).name}, {size} to {to} with padding"
+    tokens, slots = int(inputs["token_mask"].sum()), inputs["token_mask"].shape[1]
+    rows["prompt"] = f"{'fixed' if prompt is None else repr(prompt)}, {tokens} of {slots} tokens"
+    if state is not None:
+        rows["state"] = ", ".join(f"{x:.4g}" for x in state)
+    return pairs(rows)
