@@ -41,6 +41,8 @@ def check_inputs(inputs: Mapping[str, Type], given: Given, vocabulary: int | Non
         found[name] = _RULES.get(name, _plain)(name, x, t)
     if vocabulary is not None and "tokens" in found:
         _check_vocabulary(found["tokens"], vocabulary)
+    if "tokens" in given and "token_mask" in given:
+        _same_length(given["tokens"], given["token_mask"])
     return found
 
 
@@ -52,8 +54,9 @@ def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach()
     try:
-        return torch.from_numpy(np.ascontiguousarray(value))
-    except (TypeError, ValueError) as e:
+        array = np.asarray(value)  # torch reads neither negative strides nor, without a warning, what is read-only
+        return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy())
+    except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"{name}: expected a tensor or array, found {type(value).__name__} ({e})") from None
 
 
@@ -62,11 +65,26 @@ def _plain(name: str, x: Tensor, t: Type) -> Tensor:
     if t.dtype in FLOATS:
         if not x.is_floating_point():
             raise InputError(f"{name}: expected {t.dtype} numbers, found {x.dtype}; convert it first")
+        x = x.to(TORCH_DTYPES[t.dtype])
         _finite(name, x)
-    elif t.dtype in INTEGERS and (x.is_floating_point() or x.dtype == torch.bool):
-        raise InputError(f"{name}: expected integers, found {x.dtype}")
-    elif t.dtype == "bool":
-        return _mask(name, x, t)
+        return x
+    return _integers(name, x, t) if t.dtype in INTEGERS else _mask(name, x, t)
+
+
+def _batched(name: str, x: Tensor, t: Type) -> Tensor:
+    """A plain input whose first axis is the batch: a batch of one may be left out."""
+    return _plain(name, x.unsqueeze(0) if t.shape == (1, *x.shape) else x, t)
+
+
+def _integers(name: str, x: Tensor, t: Type, what: str = "integers") -> Tensor:
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise InputError(f"{name}: expected {what}, found {x.dtype}")
+    x = x.to(torch.int64)
+    limits = torch.iinfo(TORCH_DTYPES[t.dtype])
+    if x.numel():
+        low, high = (int(v) for v in x.aminmax())
+        if low < limits.min or high > limits.max:
+            raise InputError(f"{name}: expected {what} that fit {t.dtype}, found {low} to {high}")
     return x.to(TORCH_DTYPES[t.dtype])
 
 
@@ -109,7 +127,7 @@ def _layout(t: Type) -> str:
 def _image_hint(x: Tensor, t: Type) -> str:
     b, views, height, width, channels = t.shape
     shape = tuple(x.shape)
-    if shape[-3:] == (channels, height, width):
+    if len(shape) >= 3 and shape[-3] == channels != shape[-1]:
         return "; this is channels first: move the channels behind with x.movedim(-3, -1)"
     if len(shape) == 5 and shape[1] != views and shape[2:] == t.shape[2:]:
         return f"; it holds {shape[1]} views and this policy was compiled for {views}: compile with views={shape[1]}"
@@ -117,7 +135,7 @@ def _image_hint(x: Tensor, t: Type) -> str:
         return f"; the batch axis is missing and {shape[0]} is not the {views} views that were compiled"
     if len(shape) == 5 and shape[:2] == (b, views) and shape[-1] == channels:
         return f"; resize the pictures to {height} x {width}"
-    if shape[-1] == 4:
+    if shape[-1:] == (4,):
         return "; drop the alpha channel"
     return ""
 
@@ -127,8 +145,10 @@ def _mask(name: str, x: Tensor, t: Type) -> Tensor:
         x = x.unsqueeze(0)
     _shape(name, x, t)
     if x.dtype != torch.bool:
-        if x.is_floating_point() or not bool(((x == 0) | (x == 1)).all()):
+        if x.is_floating_point() or x.is_complex():
             raise InputError(f"{name}: expected bool (true: there), found {x.dtype}")
+        if not bool(((x == 0) | (x == 1)).all()):
+            raise InputError(f"{name}: expected bool (true: there), found {x.dtype} other than 0 and 1")
         x = x.bool()
     return x
 
@@ -145,10 +165,15 @@ def _prompt_bucket(name: str, x: Tensor, t: Type) -> Tensor:
             f"{name}: expected at most {slots} tokens, the prompt bucket of this compilation, found {x.shape[1]}; "
             f"shorten the prompt or compile with prompt={x.shape[1]}"
         )
-    if name == "tokens" and (x.is_floating_point() or x.dtype == torch.bool):
-        raise InputError(f"{name}: expected integer token ids, found {x.dtype}")
-    x = torch.nn.functional.pad(x, (0, slots - x.shape[1]))
-    return _mask(name, x, t) if t.dtype == "bool" else x.to(TORCH_DTYPES[t.dtype])
+    given = Type(t.dtype, (batch, x.shape[1]))
+    x = _mask(name, x, given) if t.dtype == "bool" else _integers(name, x, given, "integer token ids")
+    return torch.nn.functional.pad(x, (0, slots - x.shape[1]))
+
+
+def _same_length(tokens: Any, mask: Any) -> None:
+    tokens, mask = (_tensor(n, v).shape[-1] for n, v in (("tokens", tokens), ("token_mask", mask)))
+    if tokens != mask:
+        raise InputError(f"token_mask: expected one entry for each of the {tokens} tokens, found {mask}")
 
 
 def _check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
@@ -170,6 +195,8 @@ _RULES: dict[str, Callable[[str, Tensor, Type], Tensor]] = {
     "image_mask": _mask,
     "tokens": _prompt_bucket,
     "token_mask": _prompt_bucket,
+    "state": _batched,
+    "noise": _batched,
 }
 _DEFAULTS: dict[str, Callable[[Type, Mapping[str, Tensor], Given], Tensor]] = {
     "image_mask": lambda t, found, given: torch.ones(t.shape, dtype=torch.bool),

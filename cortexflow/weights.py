@@ -12,6 +12,7 @@ from tqdm import tqdm
 from cortexflow.errors import CheckpointError, InputError
 from cortexflow.ir import PREPARE, Module, run
 from cortexflow.ir.dtypes import TORCH_DTYPES
+from cortexflow.ir.interpreter import count_runs
 
 
 class Weights(Mapping[str, Tensor]):
@@ -28,6 +29,9 @@ class Weights(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self._load(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -59,11 +63,12 @@ def prepare(module: Module, weights: Mapping[str, Tensor], progress: bool = Fals
     found: dict[str, Tensor] = {}
     if PREPARE in module.funcs:
         func = module.funcs[PREPARE]
-        total = len(func.block.ops)
-        with tqdm(total=total, desc="preparing weights", unit="op", delay=1.0, disable=not progress) as bar:
+        total = count_runs(func.block)
+        bar = tqdm(total=total, desc="preparing weights", unit="op", delay=1.0, leave=False, disable=not progress)
+        with bar:
             found = run(func, {}, weights, watch=lambda op, results: bar.update(1))
     direct = [k for k in needed if k not in found]
-    for key in tqdm(direct, desc="reading weights", unit="tensor", delay=1.0, disable=not progress):
+    for key in tqdm(direct, desc="reading weights", unit="tensor", delay=1.0, leave=False, disable=not progress):
         t = needed[key]
         found[key] = weights[key].to(TORCH_DTYPES[t.dtype])
     return stages, {k: _dense(found[k], k, needed[k].shape) for k in needed}

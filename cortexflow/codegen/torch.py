@@ -12,12 +12,14 @@ import linecache
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cortexflow.codegen.target import Target
+from cortexflow.codegen.torch_save import save_policy
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Block, Func, Module, Op, Value, uses
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -62,8 +64,10 @@ def _literal(value: Any) -> str:
 
 
 def _const(op: Op) -> str:
-    dtype, shape = _dtype(op.attrs["dtype"]), op.attrs["shape"]
-    made = f"torch.tensor({_literal(op.attrs['value'])}, dtype={dtype}, device=self.device)"
+    value, dtype, shape = op.attrs["value"], _dtype(op.attrs["dtype"]), op.attrs["shape"]
+    if shape and len(set(map(repr, value))) == 1:
+        return f"torch.full({shape!r}, {_literal(value[0])}, dtype={dtype}, device=self.device)"
+    made = f"torch.tensor({_literal(value)}, dtype={dtype}, device=self.device)"
     return f"{made}.reshape({shape!r})" if len(shape) > 1 else made
 
 
@@ -104,13 +108,16 @@ def _matmul(op: Op, x: str, w: str) -> str:
     return f"(wide({x}) @ wide({w})).to({_dtype(op.out.type.dtype)})"
 
 
-def _layer_norm(op: Op, x: str, scale: str = "None", shift: str = "None") -> str:
-    t, width = op.inputs[0].type, op.inputs[0].type.shape[-1:]
-    wide = "f64" if t.dtype == "f64" else "f32"
-    texts = zip((x, scale, shift), [v.type.dtype for v in op.inputs] + [wide, wide], strict=False)
-    x, scale, shift = (p if dtype == wide else f"{p}.to({_dtype(wide)})" for p, dtype in texts)
-    made = f"F.layer_norm({x}, {width!r}, {scale}, {shift}, {op.attrs['eps']!r})"
-    return made if t.dtype == wide else f"{made}.to({_dtype(t.dtype)})"
+def _layer_norm(op: Op, x: str, *affine: str) -> str:
+    t = op.inputs[0].type
+    scale, shift = affine or ("None", "None")
+    fn = f"F.layer_norm({x}, {t.shape[-1:]!r}," if _same_wide(op) else f"layer_norm({x},"
+    return f"{fn} {scale}, {shift}, {op.attrs['eps']!r})"
+
+
+def _same_wide(op: Op) -> bool:
+    """Whether all operands are in the precision in which statistics are taken."""
+    return {v.type.dtype for v in op.inputs} in ({"f32"}, {"f64"})
 
 
 def _softmax(op: Op, x: str) -> str:
@@ -256,16 +263,16 @@ def _calls(name: str, text: str) -> bool:
 
 
 def _forward(module: Module) -> str:
-    methods, taken, names = method_names(module), _Names({"self"}), {}
+    methods, taken = method_names(module), _Names({"self"})
+    names: dict[str, str] = {}
     for name in (*module.inputs, *(n for stage in module.stages for n in stage.results)):
         names[name] = names.get(name) or taken.new(name)
     args = ["self", *(f"{names[n]}: Tensor" for n in module.inputs)]
     lines = _wrapped("    def forward(", args, ") -> dict[str, Tensor]:")
     for stage in module.stages:
         given, made = ([names[n] for n in part] for part in (stage.args, stage.results))
-        call = _wrapped(f"self.{methods[stage.name]}(", given, ")", "        ")
-        results = _wrapped("        (", made, _closing(made) + " = ") if made else ["        "]
-        lines += [*results[:-1], results[-1] + call[0], *call[1:]]
+        *results, last = _wrapped("        (", made, _closing(made) + " = ") if made else ["        "]
+        lines += [*results, *_wrapped(f"{last}self.{methods[stage.name]}(", given, ")", "        ")]
     return "\n".join([*lines, *_wrapped("        return {", [f"{n!r}: {names[n]}" for n in module.outputs], "}")])
 
 
@@ -296,7 +303,7 @@ class _Names:
     def new(self, wish: str) -> str:
         """The wished name where it is a free Python name, else one like it."""
         stem = re.sub(r"\W", "_", wish, flags=re.ASCII)
-        stem = f"_{stem}" if not stem or stem[0].isdigit() else stem
+        stem = re.sub("^__+", "_", f"_{stem}" if not stem or stem[0].isdigit() else stem)  # in a class, __x is mangled
         name, n = stem, 1
         while name in self.taken or name in _RESERVED:
             n += 1
@@ -400,7 +407,7 @@ class _Method:
             stop = stopping
         if carried:
             self.lines.append(f"{indent}{', '.join(carried)} = {', '.join(names)}")
-        self.let_go(op.inputs, {v for v in own if self.names.get(v) not in carried}, indent)
+        self.let_go(op.inputs, {v for v in own if self.names.get(v) not in (*carried, stop)}, indent)
         if stop:
             self.lines += [f"{indent}if bool({stop}):", f"{indent}    break"]
         if not carried and not stop:
@@ -438,6 +445,7 @@ class TorchExecutable:
         self._stages = {s.name: (methods[s.name], list(s.args), list(s.results)) for s in module.stages}
         self._outputs = list(module.outputs)
         self._device = device
+        self._module = module
         self._text = emit_source(module)
         self.policy = load_source(self._text, weights).to(device)
 
@@ -458,6 +466,11 @@ class TorchExecutable:
     def source(self) -> str:
         """The generated source."""
         return self._text
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write `policy.py`, which runs alone, and `weights.safetensors`."""
+        weights = dict(zip(self._module.weight_types(), self.policy.state_dict().values(), strict=True))
+        return save_policy(folder, self._text, self._module, weights)
 
 
 def load_source(text: str, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -56,6 +56,12 @@ def run(
     return dict(zip(func.results, returned, strict=True))
 
 
+def count_runs(block: Block) -> int:
+    """How many ops `watch` sees in a run: those of a loop's body once a trip, unless the loop stops early."""
+    runs = (1 + (op.attrs["trips"] * count_runs(op.body) if op.body else 0) for op in block.ops)
+    return sum(runs) - 1  # the last one hands over
+
+
 def widened(dtype: str, floats: torch.dtype | None) -> str:
     """The dtype in which a value declared as `dtype` is computed."""
     if floats is None or dtype not in FLOATS:

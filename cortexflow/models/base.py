@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,6 +20,7 @@ class VLAModel:
     """
 
     family: ClassVar[VLAModelType | str]
+    weights: Mapping[str, Tensor] | None = None  # those of its checkpoint, where it was made from one
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

@@ -450,7 +450,7 @@ def test_a_saved_model_runs_without_this_package(threshold: int | None, tmp_path
     module, weights, inputs = three_stages()
     made = executable(module, weights)
     path = tmp_path / "policy.onnx"
-    written = made.save(path) if threshold is None else made.save(path, external_over=threshold)
+    written = made.write(path) if threshold is None else made.write(path, external_over=threshold)
     assert sorted(written) == sorted(tmp_path.iterdir())
     assert [p.name for p in written] == ["policy.onnx", "policy.onnx.data"][: len(written)]
     assert len(written) == (1 if threshold is None else 2)
@@ -465,8 +465,8 @@ def test_saving_leaves_the_executable_as_it_was(tmp_path: Path) -> None:
     module, weights, _ = three_stages()
     made = executable(module, weights)
     before = made.model.proto.SerializeToString()
-    made.save(tmp_path / "a.onnx")
-    made.save(tmp_path / "b.onnx", external_over=0)
+    made.write(tmp_path / "a.onnx")
+    made.write(tmp_path / "b.onnx", external_over=0)
     assert made.model.proto.SerializeToString() == before
     for name in ("a", "b"):
         loaded = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / f"{name}.onnx").graph.initializer}
@@ -480,7 +480,7 @@ def test_every_dtype_survives_a_file(dtype: str, tmp_path: Path) -> None:
     w = rand(7, 3, dtype=dtype)
     made = executable(Module({"f": func}), {"w": w})
     for over in (0, 10**6):
-        made.save(tmp_path / "m.onnx", external_over=over)
+        made.write(tmp_path / "m.onnx", external_over=over)
         session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
         np.testing.assert_array_equal(session.run(None, {})[0], w.float().numpy())
 
@@ -490,7 +490,7 @@ def test_a_loop_and_a_fused_op_pass_the_checker(tmp_path: Path) -> None:
         return ops.loop([x], 3, lambda i, x: [fused.linear_act(x, w, b, kind="gelu_tanh")])
 
     made = agree(build, rand(2, 5), rand(5, 5), rand(5), tolerance=1e-5)
-    made.save(tmp_path / "m.onnx")
+    made.write(tmp_path / "m.onnx")
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cortexflow.errors import InputError
 from cortexflow.ir import PREPARE, Func, Module, Op, Type, Value, function, fused, ops, returns, run, run_module
-from cortexflow.ir.interpreter import evaluate
+from cortexflow.ir.interpreter import count_runs, evaluate
 from cortexflow.ir.ops import TORCH_DTYPES
 from tests.ir.programs import random_func, random_inputs, random_weights
 
@@ -255,3 +255,15 @@ def test_one_op_evaluates_alone() -> None:
     assert evaluate(op, [x, w, b], torch.float32).tolist() == [[1.5, 2.25]]
     narrow = evaluate(op, [t.to(TORCH_DTYPES["bf16"]) for t in (x, w, b)])
     assert narrow.dtype == torch.bfloat16
+
+
+def test_the_ops_that_watch_will_see_are_counted() -> None:
+    def outer(_: Value, x: Value) -> list[Value]:
+        return ops.loop([ops.neg(x)], 3, lambda _, y: [ops.exp(ops.neg(y))])
+
+    with function("f", x=VECTOR) as (f, [x]):
+        (y,) = ops.loop([x], 2, outer)
+        returns(y=ops.neg(y))
+    seen: list[str] = []
+    run(f, {"x": torch.zeros(4)}, {}, watch=lambda op, _: seen.append(op.name))
+    assert count_runs(f.block) == len(seen) == 2 * (2 + 3 * 2) + 2  # neg, loop with neg and exp; and the loop, neg
