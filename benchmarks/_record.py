@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import platform
 import sys
@@ -25,6 +26,8 @@ def machine() -> dict[str, str]:
     found["torch"] = torch.__version__
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = str(torch.version.cuda)
+        found["triton"] = importlib.metadata.version("triton")
     return found
 
 

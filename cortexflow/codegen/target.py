@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cortexflow.errors import TargetError
-from cortexflow.ir import Module
+from cortexflow.ir import Module, Op
 
 
 class Executable(Protocol):
@@ -26,6 +27,12 @@ class Executable(Protocol):
     def source(self) -> str:
         """The artefact as text."""
 
+    def save(self, folder: Path) -> list[Path]:
+        """Write the artefact, so that it runs without this package; returns the files.
+
+        Makes the folder if absent. Raises `TargetError` where there is no such form.
+        """
+
 
 @dataclass(frozen=True)
 class Target:
@@ -38,13 +45,42 @@ class Target:
     name: str
     claims: frozenset[str]
     build: Callable[[Module, Mapping[str, Tensor], torch.device], Executable]
+    accepts: Callable[[Op], bool] = lambda op: True  # of the ops claimed, those of a shape or dtype it can run
     layouts: frozenset[str] = frozenset()  # rewrites of `passes/layout.py` that suit it: `patches`
+
+    def runs(self, op: Op) -> bool:
+        """Whether this target runs a fused op as it is."""
+        return op.name in self.claims and self.accepts(op)
+
+
+# What an input or a result holds, where its name is one that policies use.
+MEANINGS = {
+    "images": "RGB in [-1, 1]: [batch, views, height, width, channels]",
+    "image_mask": "true: this camera is there",
+    "tokens": "token ids of the prompt, padded at the end",
+    "token_mask": "true: this token counts",
+    "state": "normalised state, padded with zeros",
+    "noise": "normal noise that the flow starts from",
+    "actions": "normalised actions",
+}
+
+
+def interface_text(module: Module, mark: str = "") -> str:
+    """Inputs and results of a module with types and meanings, a line each, every line after `mark`."""
+    width = max(map(len, (*module.inputs, *module.outputs)), default=0)
+    lines = []
+    for title, values in (("Inputs", module.inputs), ("Results", module.outputs)):
+        widest = max((len(str(t)) for t in values.values()), default=0)
+        lines.append(f"{mark}{title}:")
+        lines += [f"{mark}  {n:<{width}}  {t!s:<{widest}}  {MEANINGS.get(n, '')}".rstrip() for n, t in values.items()]
+    return "\n".join(lines)
 
 
 # Built-in targets are imported when somebody asks for one: each needs its own libraries.
 TARGETS: dict[str, str | Target] = {
     "torch": "cortexflow.codegen.torch",
     "onnx": "cortexflow.codegen.onnx",
+    "triton": "cortexflow.codegen.triton",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from cortexflow.ir.builder import fused
 from cortexflow.ir.core import Value
-from cortexflow.ir.ops import act, add, attention, concat, layer_norm, matmul, mul, rms_norm, slice_
+from cortexflow.ir.ops import act, add, attention, concat, layer_norm, matmul, mul, rms_norm, rope, slice_
 
 # ---- products with an epilogue ---------------------------------------------------------------------
 
@@ -107,6 +107,17 @@ def attention_segments(
     return attention(q, keys, values, mask, scale=scale, causal=causal)
 
 
+@fused
+def rotated_attention_segments(
+    q: Value, k0: Value, v0: Value, k1: Value, v1: Value, cosine: Value, sine: Value, mask: Value,
+    *, scale: float, causal: bool,
+) -> Value:  # fmt: skip
+    """The same where queries and suffix keys are still to be rotated; the cached keys are already."""
+    return attention_segments(
+        rope(q, cosine, sine), k0, v0, rope(k1, cosine, sine), v1, mask, scale=scale, causal=causal
+    )
+
+
 FUSED = (  # the order in which `fuse` tries them: the largest first
     layer_norm_linear_act,
     layer_norm_linear,
@@ -121,5 +132,6 @@ FUSED = (  # the order in which `fuse` tries them: the largest first
     linear_act,
     linear,
     glu,
+    rotated_attention_segments,
     attention_segments,
 )

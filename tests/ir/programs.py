@@ -646,3 +646,13 @@ def _attention_segments(s: Source) -> Value:
     k0, v0, k1, v1 = (s.float((b, n, groups, d)) for n in (n0, n0, n1, n1))
     mask = s.mask(b, m, n0 + n1)
     return fused.attention_segments(q, k0, v0, k1, v1, mask, scale=d**-0.5, causal=s.rng.random() < 0.3)
+
+
+@maker("fused.rotated_attention_segments")
+def _rotated_attention_segments(s: Source) -> Value:
+    b, m, n0, groups, half = s.dim(1, 2), s.dim(), s.dim(), s.dim(1, 2), s.dim(1, 3)
+    q = s.float((b, m, groups * s.dim(1, 2), 2 * half))
+    k0, v0, k1, v1 = (s.float((b, n, groups, 2 * half)) for n in (n0, n0, m, m))
+    cosine, sine = s.float((b, m, half)), s.float((b, m, half))
+    mask = s.mask(b, m, n0 + m)
+    return fused.rotated_attention_segments(q, k0, v0, k1, v1, cosine, sine, mask, scale=0.5, causal=False)

@@ -131,6 +131,16 @@ def segments(q: Tensor, k0: Tensor, v0: Tensor, k1: Tensor, v1: Tensor) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.5).transpose(1, 2)
 
 
+def rotated(q: Tensor, k0: Tensor, v0: Tensor, k1: Tensor, v1: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    """Each pair (x_j, x_{j + d/2}) as a complex number, times cos + i sin."""
+
+    def turn(x: Tensor) -> Tensor:
+        y = torch.complex(*x.chunk(2, -1)) * torch.complex(c, s).unsqueeze(-2)
+        return torch.cat([y.real, y.imag], -1)
+
+    return segments(turn(q), k0, v0, turn(k1), v1)
+
+
 X, W, B, R, ROW = (5, 6), (6, 8), (8,), (5, 8), (1, 6)
 EPS = {"eps": 1e-6}
 GLU = {"kind": "silu", "width": 4}
@@ -158,6 +168,11 @@ FORMULAS: dict[str, tuple[tuple[tuple[int, ...], ...], dict[str, object], Callab
         {"scale": 0.5, "causal": False},
         segments,
     ),
+    "rotated_attention_segments": (
+        ((2, 3, 4, 6), (2, 6, 2, 6), (2, 6, 2, 7), (2, 3, 2, 6), (2, 3, 2, 7), (2, 3, 3), (2, 3, 3)),
+        {"scale": 0.5, "causal": False},
+        rotated,
+    ),
 }
 
 
@@ -167,7 +182,7 @@ def test_each_is_the_formula_that_it_stands_for(name: str) -> None:
     build = name.removeprefix("fused.")
     shapes, attrs, wanted = FORMULAS[build]
     given = [random_tensor(Type("f64", s), f"{build}/{i}") for i, s in enumerate(shapes)]
-    everything = [torch.ones(2, 3, 9, dtype=torch.bool)] if build == "attention_segments" else []
+    everything = [torch.ones(2, 3, 9, dtype=torch.bool)] if build.endswith("attention_segments") else []
     types = [Type("f64", s) for s in shapes] + [Type("bool", tuple(e.shape)) for e in everything]
     with function("f", **{f"x{i}": t for i, t in enumerate(types)}) as (func, values):
         getattr(fused, build)(*values, **attrs)

@@ -36,6 +36,10 @@ OPERANDS: dict[str, tuple[list[Type], dict]] = {
         [Type("f32", s) for s in (Q, KV, KV, KV, KV)] + [MASK],
         {"scale": 0.35, "causal": True},
     ),
+    "rotated_attention_segments": (
+        [Type("f32", s) for s in ((1, 3, 4, 8), KV, KV, KV, KV)] + [Type("f32", (1, 3, 4))] * 2 + [MASK],
+        {"scale": 0.35, "causal": True},
+    ),
 }
 
 
@@ -81,7 +85,7 @@ def test_a_fused_op_is_found_and_expanded(build, in_loop: bool) -> None:
     assert same_func(module.funcs["f"], before.funcs["f"])
 
 
-AXES = {name: tuple(range(4 if name == "attention_segments" else 2)) for name in OPERANDS}
+AXES = {name: tuple(range(4 if name.endswith("attention_segments") else 2)) for name in OPERANDS}
 
 
 def test_random_programs_of_fused_ops() -> None:

@@ -46,7 +46,7 @@ FULL_COUNTS = {
         "matmul_residual": 2 * 17,
         "linear_act": 2,  # the time MLP, in `prepare`
         "linear": 1 + 1 + 37,  # patches, action_in_proj; in `prepare`, the modulations of 37 norms
-        "attention_segments": 18,
+        "rotated_attention_segments": 18,
     },
     PI0: {
         "layer_norm_linear_act": 27,
@@ -57,7 +57,7 @@ FULL_COUNTS = {
         "matmul_residual": 2 * 17 + 2 * 18,
         "linear_act": 1,  # the two action-time projections, as one
         "linear": 4,
-        "attention_segments": 18,
+        "rotated_attention_segments": 18,
     },
 }
 SMALL_COUNTS = {
@@ -73,7 +73,7 @@ SMALL_COUNTS = {
         "matmul_residual": 2,
         "linear_act": 2,
         "linear": 2 + 5,
-        "attention_segments": 2,
+        "rotated_attention_segments": 2,
     },
     PI0: {
         "layer_norm_linear_act": 2,
@@ -84,7 +84,7 @@ SMALL_COUNTS = {
         "matmul_residual": 6,
         "linear_act": 1,
         "linear": 4,
-        "attention_segments": 2,
+        "rotated_attention_segments": 2,
     },
 }
 # In a narrow graph the head computes in float32, and a cast stands between the final norm and its product.

@@ -146,7 +146,7 @@ def test_the_report_is_a_table() -> None:
     assert len(lines) == len(PIPELINE) + 3
     assert lines[0].split() == ["pass", "fired", "ms", "moved", "detail"]
     (fuse,) = [line for line in lines if line.startswith("fuse ")]
-    assert "attention_segments 2" in fuse and "fused." not in fuse
+    assert "rotated_attention_segments 2" in fuse and "fused." not in fuse
 
 
 def test_claims_decide_what_stays_fused() -> None:

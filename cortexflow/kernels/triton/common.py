@@ -1,0 +1,54 @@
+"""What kernels share: activations, and how a kernel overlaps its start with the one before it."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+import triton
+import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
+
+
+@cache
+def overlaps() -> bool:
+    """Whether the card launches a kernel before the one ahead of it has ended (Hopper and later)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """An activation in float32; `none` is the identity."""
+    if KIND == "gelu_tanh":  # 0.5 x (1 + tanh(y)) = x sigmoid(2 y)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "silu":
+        return x * tl.sigmoid(x)
+    elif KIND == "relu":
+        return tl.maximum(x, 0.0)
+    elif KIND == "sigmoid":
+        return tl.sigmoid(x)
+    elif KIND == "tanh":
+        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    else:
+        return x
+
+
+@triton.jit
+def let_next_start():
+    """Programmatic dependent launch: the next kernel may become resident now."""
+    if cuda_capability_geq(9, 0):
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def wait_for_previous():
+    """Programmatic dependent launch: everything that earlier kernels wrote is visible after this."""
+    if cuda_capability_geq(9, 0):
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )

@@ -1,0 +1,202 @@
+"""Triton kernels against formulas in float64, on fresh random data with poisoned outputs; compiled without a card."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from cortexflow.kernels.torch.functions import attention as reference_attention  # noqa: E402
+from cortexflow.kernels.triton import decode_attention, prefill_attention, rows, skinny  # noqa: E402
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
+gpu = pytest.mark.gpu
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, float("nan"), device="cuda", dtype=dtype)
+
+
+def near(found: Tensor, wanted: Tensor) -> None:
+    distance = float((found.double() - wanted).norm() / wanted.norm())
+    assert distance < TOLERANCE[found.dtype], distance  # NaN is not below anything
+
+
+def rms(x: Tensor) -> Tensor:
+    return x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+
+
+def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    y = torch.complex(*x.double().chunk(2, -1)) * torch.complex(cosine.double(), sine.double()).unsqueeze(-2)
+    return torch.cat([y.real, y.imag], -1)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (37, 1153), (560, 2048)])
+def test_norms(dtype: torch.dtype, m: int, k: int) -> None:
+    x, scale, shift = random(m, k, dtype=dtype), random(k, dtype=dtype), random(k, dtype=dtype)
+    out = poisoned(m, k, dtype=dtype)
+    rows.rms_norm(x, out, 1e-6)
+    near(out, rms(x))
+    out = poisoned(m, k, dtype=dtype)
+    rows.layer_norm(x, out, 1e-6, scale, shift)
+    near(out, F.layer_norm(x.double(), (k,), scale.double(), shift.double(), 1e-6))
+    out = poisoned(m, k, dtype=dtype)
+    rows.modulated_norm(x, out, scale, shift, 1e-6)
+    near(out, rms(x) * scale.double() + shift.double())
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("act", "reference"), [("gelu", F.gelu), ("silu", F.silu), ("relu", F.relu), ("tanh", torch.tanh)]
+)
+def test_gated_units_and_epilogues(dtype: torch.dtype, act: str, reference) -> None:
+    h, out = random(13, 1998, dtype=dtype), poisoned(13, 999, dtype=dtype)
+    rows.glu(h, out, act)
+    near(out, reference(h[:, :999].double()) * h[:, 999:].double())
+    x, bias, gate, r = (random(*s, dtype=dtype) for s in ((13, 999), (999,), (999,), (13, 999)))
+    out = poisoned(13, 999, dtype=dtype)
+    rows.epilogue(x, out, bias=bias, act=act, residual=r, gate=gate)
+    wanted = r.double() + reference(x.double() + bias.double()) * gate.double()
+    near(out, wanted)
+    rows.epilogue(x, r, bias=bias, act=act, residual=r, gate=gate)  # in place over the residual
+    near(r, wanted)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_of_a_slice(dtype: torch.dtype) -> None:
+    wide, out = random(21, 640, dtype=dtype), poisoned(21, 8, 64, dtype=dtype)
+    x = wide[:, 64:576].view(21, 8, 64)
+    cosine, sine = random(21, 32, dtype=torch.float32), random(21, 32, dtype=torch.float32)
+    rows.rope(x, cosine, sine, out)
+    near(out, turned(x, cosine, sine))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("b", "m", "n", "heads", "groups", "d", "masked"),
+    [
+        (2, 256, 256, 16, 16, 72, False),
+        (1, 560, 560, 8, 1, 256, True),
+        (3, 37, 53, 6, 2, 16, True),
+        (2, 5, 131, 4, 1, 40, True),
+    ],
+)
+def test_prefill_attention(dtype, b: int, m: int, n: int, heads: int, groups: int, d: int, masked: bool) -> None:
+    """Queries, keys and values are slices of one buffer; the last sample sees no key at all."""
+    wide = random(b, max(m, n), (heads + 2 * groups) * d, dtype=dtype)
+    q = wide[:, :m, : heads * d].view(b, m, heads, d)
+    k = wide[:, :n, heads * d : (heads + groups) * d].view(b, n, groups, d)
+    v = wide[:, :n, (heads + groups) * d :].view(b, n, groups, d)
+    mask = torch.rand(b, 1, n, device="cuda") > 0.3 if masked else None
+    if mask is not None and b > 1:
+        mask[-1] = False
+    out = poisoned(b, m, heads, d, dtype=dtype)
+    prefill_attention.attention(q, k, v, out, d**-0.5, mask)
+    near(out, reference_attention(q.double(), k.double(), v.double(), mask, None, d**-0.5, False))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("split", [1, 2, 4])
+@pytest.mark.parametrize("m", [1, 10, 16])
+def test_skinny_products(dtype: torch.dtype, split: int, m: int) -> None:
+    device = torch.device("cuda")
+    scratch = skinny.scratch_for(4096, m, 8, device)
+    x, r, gate = random(m, 2048, dtype=dtype), random(m, 1024, dtype=dtype), random(1024, dtype=dtype)
+    w = (torch.randn(1024, 2048, device=device) * 2048**-0.5).to(dtype)
+    out = poisoned(m, 1024, dtype=dtype)
+    skinny.skinny(x, w, out, residual=r, gate=gate, scratch=scratch, config=(16, split, 4, 4))
+    near(out, r.double() + (x.double() @ w.double().T) * gate.double())
+    again = out.clone()
+    for _ in range(20):  # identical runs, identical bits
+        skinny.skinny(x, w, again, residual=r, gate=gate, scratch=scratch, config=(16, split, 4, 4))
+        assert torch.equal(again, out)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("m", [1, 10, 16])
+def test_skinny_norm_and_gated_unit(dtype: torch.dtype, m: int) -> None:
+    x, scale, shift = random(m, 1024, dtype=dtype), random(1024, dtype=dtype), random(1024, dtype=dtype)
+    w = (torch.randn(2 * 512, 1024, device="cuda") * 1024**-0.5).to(dtype)
+    out, y = poisoned(m, 512, dtype=dtype), (rms(x) * scale.double() + shift.double()) @ w.double().T
+    skinny.skinny(x, w, out, scale=scale, shift=shift, eps=1e-6, glu=True, act="gelu_tanh", config=(32, 1, 4, 4))
+    near(out, F.gelu(y[:, :512], approximate="tanh") * y[:, 512:])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("m", "prefix"), [(10, 560), (1, 33), (16, 712), (7, 5)])
+@pytest.mark.parametrize("config", [(16, 64, 5, 4), (16, 64, 1, 4), (32, 32, 3, 4)])
+def test_decode_attention(dtype: torch.dtype, m: int, prefix: int, config: tuple[int, int, int, int]) -> None:
+    heads, d = 8, 256
+    wide = random(m, (heads + 2) * d, dtype=dtype)
+    q, k, v = wide[:, : heads * d].view(m, heads, d), wide[:, heads * d : -d].view(m, 1, d), wide[:, -d:].view(m, 1, d)
+    cached_k, cached_v = random(prefix, 1, d, dtype=dtype), random(prefix, 1, d, dtype=dtype)
+    angle = torch.rand(m, d // 2, device="cuda") * 700
+    mask = torch.rand(1, prefix + m, device="cuda") > 0.2
+    out = poisoned(m, heads, d, dtype=dtype)
+    scratch = torch.empty(1 << 22, device="cuda"), torch.zeros(64, dtype=torch.int32, device="cuda")
+    mask[:, prefix:] = True
+    decode_attention.decode_attention(
+        q, k, v, cached_k, cached_v, angle.cos(), angle.sin(), mask, out, d**-0.5, scratch, config
+    )
+    keys = torch.cat([cached_k.double(), turned(k, angle.cos(), angle.sin())])
+    values = torch.cat([cached_v.double(), v.double()])
+    rotated = turned(q, angle.cos(), angle.sin())
+    near(out, reference_attention(rotated[None], keys[None], values[None], mask[None], None, d**-0.5, False)[0])
+
+
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # a block's limit
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_compiles_without_a_card(arch: int) -> None:
+    """The prefill and row kernels fit every card's shared memory; machine code comes out."""
+    attention = {"SCALE": 0.0625, "GROUPS": 1, "PER": 8, "D": 256, "WIDE": 256, "ROWS": 64, "KEYS": 32}
+    attention |= {"MASKED": True, "EXACT": "tf32"}
+    norm = {"K": 2048, "BLOCK": 2048, "CENTRED": False, "SCALED": True, "SHIFTED": True}
+    stages = 3 if SHARED_BYTES[arch] > 100 * 1024 else 1
+    _compile(prefill_attention.attention_kernel, attention, arch, 4, stages, mask="*u8")
+    _compile(rows.norm_kernel, norm, arch, 4, 1, eps="fp32")
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+def test_streaming_products_compile_for_hopper(warps: int) -> None:
+    shape = {"N": 1024, "K": 2048, "ROWS": 16, "BN": 16, "SPLIT": 1, "SLICES": warps}
+    flags = dict.fromkeys(("NORM", "MODULATED", "GLU", "BIAS"), False) | {"RESIDUAL": True, "GATE": True, "ACT": "none"}
+    _compile(skinny.skinny_kernel, shape | flags, 90, warps, 1, parts="*fp32", counters="*i32", eps="fp32")
+
+
+def _compile(kernel, constants: dict, arch: int, warps: int, stages: int, **types: str) -> None:
+    signature = {}
+    for name in kernel.arg_names:
+        pointer = name in ("x", "w", "out", "bias", "residual", "gate", "scale", "shift", "q", "k", "v")
+        signature[name] = types.get(name) or ("constexpr" if name in constants else "*bf16" if pointer else "i32")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if signature[n] != "constexpr" and n != "eps"
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
+    )
+    assert len(made.asm["cubin"]) > 1000
+    assert made.metadata.shared <= SHARED_BYTES[arch]
