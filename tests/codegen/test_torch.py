@@ -42,12 +42,7 @@ LARGE = 1 << 16  # bytes: the smallest value that is deleted when it has been re
 Build = Callable[..., Value | Sequence[Value]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(module: Module, weights: Mapping[str, Tensor] | None = None, device: torch.device = CPU) -> TorchExecutable:

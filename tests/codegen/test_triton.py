@@ -19,7 +19,9 @@ from tests.models.cases import Batch, batches, case_folders, distance
 
 pytest.importorskip("triton")
 
-from cortexflow.codegen.triton import _Program, build
+from cortexflow.codegen.triton import build
+from cortexflow.codegen.triton.claims import skinny_config
+from cortexflow.codegen.triton.program import Program
 
 WIDE = ModelConfig(vision_num_layers=1, num_encoder_layers=2, num_decoder_layers=2, vocab_size=512, max_token_len=48)
 
@@ -29,7 +31,7 @@ def plan_text(config: ModelConfig, dtype: str = "bf16", **signature: int) -> tup
     module, _ = lower(create_model(config), Signature.of(config, **signature), dtype, target="triton")
     stages = Module({f.name: f for f in module.stages}, {}, module.meta)
     plan = plan_buffers(stages)
-    return _Program(stages, plan).text(), plan.peak
+    return Program(stages, plan).text(), plan.peak
 
 
 def test_the_decoder_is_five_launches_a_layer() -> None:
@@ -66,13 +68,21 @@ def test_a_cpu_is_refused_by_name() -> None:
     assert find_target("triton").name == "triton"
 
 
+def test_a_norm_sees_whole_rows_and_tiles_fit_the_card() -> None:
+    """Splitting k would norm each part alone; a tile beyond the shared memory would not launch."""
+    assert skinny_config(1024, 4096, glu=False, norm=False) == (16, 4, 4, 4)
+    norms = [skinny_config(1024, k, glu, True) for k in (256, 1024, 2048, 4096) for glu in (False, True)]
+    assert all(c is None or c[1] == 1 for c in norms)
+    assert skinny_config(1024, 4096, glu=True, norm=True) is None
+
+
 def test_early_stop_is_refused() -> None:
     with function("f", x=Type("f32", (4,))) as (f, [x]):
         (y,) = ops.loop([x], 3, lambda i, c: [ops.scalar(True, "bool"), c], early_stop=True)
         returns(y=y)
     module = Module({"f": f})
     with pytest.raises(TargetError, match="cannot stop a loop early"):
-        _Program(module, plan_buffers(module)).text()
+        Program(module, plan_buffers(module)).text()
 
 
 # ---- on a GPU ---------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_prefill_attention(dtype, b: int, m: int, n: int, heads: int, groups: in
 @pytest.mark.parametrize("m", [1, 10, 16])
 def test_skinny_products(dtype: torch.dtype, split: int, m: int) -> None:
     device = torch.device("cuda")
-    scratch = skinny.scratch_for(4096, m, 8, device)
+    scratch = torch.empty(1 << 20, device=device), torch.zeros(256, dtype=torch.int32, device=device)
     x, r, gate = random(m, 2048, dtype=dtype), random(m, 1024, dtype=dtype), random(1024, dtype=dtype)
     w = (torch.randn(1024, 2048, device=device) * 2048**-0.5).to(dtype)
     out = poisoned(m, 1024, dtype=dtype)

@@ -15,13 +15,7 @@ from cortexflow.passes import PIPELINE, report, run_passes
 from cortexflow.passes.check import Check
 from tests.passes.samples import FULL_CONFIGS, MODELS, full_model, model
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_module_given_is_left_alone() -> None:

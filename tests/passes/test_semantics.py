@@ -29,12 +29,7 @@ ALL: dict[str, Pass] = {**dict(PIPELINE), "legalize": lambda m: legalize(m, lamb
 EXACT, ROUNDED = 1e-10, 1e-6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def check_pass(run: Pass, module: Module, given, floats: torch.dtype | None, limit: float) -> None:

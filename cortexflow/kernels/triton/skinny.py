@@ -9,7 +9,6 @@ in a fixed order, so that identical runs give identical bits.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 import triton
@@ -125,9 +124,3 @@ def skinny(
         RESIDUAL=residual is not None, GATE=gate is not None,
         num_warps=warps, num_stages=1, launch_pdl=overlaps(),
     )  # fmt: skip
-
-
-def scratch_for(n: int, rows: int, splits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Parts and counters for split products of up to n columns."""
-    parts = torch.empty(splits * max(16, triton.next_power_of_2(rows)) * n, dtype=torch.float32, device=device)
-    return parts, torch.zeros(n, dtype=torch.int32, device=device)

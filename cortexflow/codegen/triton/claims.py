@@ -1,0 +1,103 @@
+"""Which fused ops the Triton kernels run as they are: shapes, dtypes and extents that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+
+from cortexflow.ir.core import Op, Value
+
+FEW_ROWS = 16  # products with at most so many rows stream their weights
+SHARED_BYTES = 227 * 1024  # of a block on Hopper, for which the streaming kernels are laid out
+TENSOR_CORES = ("bf16", "f16")
+
+
+def _power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def _rows(v: Value) -> int:
+    return prod(v.type.shape[:-1])
+
+
+def streams(op: Op, x: int, w: int, glu: bool = False, norm: bool = False) -> bool:
+    """Whether a product suits the streaming kernel: few rows, a plain matrix, extents that divide and fit."""
+    xt, wt = op.inputs[x].type, op.inputs[w].type
+    if len(wt.shape) != 2 or xt.dtype not in TENSOR_CORES or op.out.type.dtype != xt.dtype:
+        return False
+    k, n = wt.shape
+    divides = _power_of_two(k) and k >= 256 and n % 64 == 0
+    return divides and _rows(op.inputs[x]) <= FEW_ROWS and skinny_config(n, k, glu, norm) is not None
+
+
+def skinny_config(n: int, k: int, glu: bool, norm: bool) -> tuple[int, int, int, int] | None:
+    """(columns of a program, splits of k, slices of k, warps), as measured on Hopper (see benchmarks/).
+
+    None where the tiles would not fit a block's shared memory. A norm needs whole rows: k is not split.
+    """
+    if glu or norm or n >= 2048:
+        columns, split, slices, warps = 32, 1, 4, 4
+    elif k > 2048:
+        columns, split, slices, warps = 16, k // 1024, 4, 4
+    else:
+        columns, split, slices, warps = 16, 1, 8, 8
+    tile = (columns * (2 if glu else 1) + FEW_ROWS) * (k // split) * 2  # bytes: a program's weights and its input
+    return (columns, split, slices, warps) if tile <= SHARED_BYTES else None
+
+
+def _row_vector(v: Value, width: int) -> bool:
+    return v.type.size == width and v.type.shape[-1:] == (width,)
+
+
+def _like_result(op: Op, residual: int) -> bool:
+    return op.inputs[residual].type.shape == op.out.type.shape
+
+
+STREAMED: Mapping[str, Callable[[Op], bool]] = {
+    "fused.norm_matmul": lambda o: streams(o, 0, 1, norm=True),
+    "fused.norm_glu": lambda o: streams(o, 0, 1, glu=True, norm=True),
+    "fused.modulated_norm_matmul": lambda o: streams(o, 0, 3, norm=True) and _modulated(o),
+    "fused.modulated_norm_glu": lambda o: streams(o, 0, 3, glu=True, norm=True) and _modulated(o),
+}
+
+
+def _modulated(op: Op) -> bool:
+    width = op.inputs[0].type.shape[-1]
+    return _row_vector(op.inputs[1], width) and _row_vector(op.inputs[2], width)
+
+
+def _decode(op: Op) -> bool:
+    """Whether attention over a cache suits the decoding kernel."""
+    q, k0, v0, cosine, mask = (op.inputs[i].type for i in (0, 1, 2, 5, 7))
+    b, m, _, d = q.shape
+    fits = b == 1 and m <= FEW_ROWS and k0.shape == v0.shape and k0.shape[2] == 1 and d in (64, 128, 256)
+    return fits and q.dtype in TENSOR_CORES and not op.attrs["causal"] and mask.shape[0] == 1 and cosine.shape[0] == 1
+
+
+def _plain_bias(op: Op) -> bool:
+    return len(op.inputs[1].type.shape) == 2 and op.inputs[-1].type.shape == op.inputs[1].type.shape[1:]
+
+
+def _residual_bias(op: Op) -> bool:
+    w, b = op.inputs[2].type.shape, op.inputs[3].type.shape
+    return len(w) == 2 and b == w[1:] and _like_result(op, 0)
+
+
+CLAIMS: Mapping[str, Callable[[Op], bool]] = {
+    **STREAMED,
+    "fused.rotated_attention_segments": _decode,
+    "fused.modulated_norm": lambda o: _modulated(o) and o.inputs[0].type.shape[-1] <= 8192,
+    "fused.glu": lambda o: True,
+    "fused.linear": _plain_bias,
+    "fused.linear_act": _plain_bias,
+    "fused.linear_residual": _residual_bias,
+    "fused.matmul_residual": lambda o: len(o.inputs[2].type.shape) == 2 and _like_result(o, 0),
+    "fused.matmul_gated_residual": lambda o: (
+        len(o.inputs[2].type.shape) == 2 and _like_result(o, 0) and _row_vector(o.inputs[3], o.out.type.shape[-1])
+    ),
+}
+
+
+def claims(op: Op) -> bool:
+    """Whether this target runs a fused op as it is."""
+    return op.name in CLAIMS and CLAIMS[op.name](op)
