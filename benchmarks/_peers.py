@@ -1,23 +1,31 @@
-"""Eager PyTorch implementations to measure against, where a user has them installed.
+"""Other implementations to measure against, where a user has them.
 
-openpi's `PI0Pytorch` (Python 3.11, transformers 4.53.2 with openpi's `transformers_replace` files) and
-LeRobot's `PI05Pytorch` / `PI0Pytorch` (Python 3.12). Both are built at the dimensions of a
-`ModelConfig`; each needs three of its library's attributes replaced while it is constructed, because
-neither takes dimensions as arguments.
+Eager PyTorch: openpi's `PI0Pytorch` (Python 3.11, transformers 4.53.2 with openpi's `transformers_replace`
+files) and LeRobot's `PI05Pytorch` / `PI0Pytorch` (Python 3.12), where they are installed. Both are built at
+the dimensions of a `ModelConfig`; each needs three of its library's attributes replaced while it is
+constructed, because neither takes dimensions as arguments.
+
+Triton by hand: realtime-vla (github.com/Dexmal/realtime-vla), from a folder that holds its `pi05_infer.py`
+and `pi0_infer.py` and, where somebody has it, the autotuned `pi05_infer_autotune.py` of a fork.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, redirect_stdout
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cortexflow.models import ModelConfig, VLAModelType
+from cortexflow.models import ModelConfig, Signature, VLAModelType
 
 Act = Callable[[Mapping[str, Tensor]], Tensor]
 _EMBED = "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -168,3 +176,97 @@ def lerobot(c: ModelConfig, weights: Mapping[str, Tensor]) -> Act:
             return model.sample_actions(*given, noise=inputs["noise"], num_steps=c.num_diffusion_steps)
 
     return act
+
+
+# ---- realtime-vla ---------------------------------------------------------------------------------
+
+# (file, class) by variant and family. The fork's variant tunes its kernels when it is constructed: a minute or two.
+REALTIME_VLA: dict[str, dict[VLAModelType, tuple[str, str]]] = {
+    "realtime-vla": {
+        VLAModelType.PI05: ("pi05_infer", "Pi05Inference"),
+        VLAModelType.PI0: ("pi0_infer", "Pi0Inference"),
+    },
+    "realtime-vla, autotuned": {VLAModelType.PI05: ("pi05_infer_autotune", "Pi05AutotuneInference")},
+}
+
+
+class Captured(NamedTuple):
+    """A peer that captured itself as one CUDA graph."""
+
+    act: Act  # one prediction, as its caller gets it: inputs by our names, actions [chunk, width]
+    replay: Callable[[], None]  # its graph alone
+    write: Callable[[Mapping[str, Tensor]], None]  # the noise, which a replay overwrites with the actions
+
+
+def realtime_vla_variants(path: Path, kind: VLAModelType | str) -> list[str]:
+    """The variants in a folder that run a family."""
+    found = ((name, files.get(VLAModelType(kind))) for name, files in REALTIME_VLA.items())
+    return [name for name, entry in found if entry and (path / f"{entry[0]}.py").is_file()]
+
+
+def realtime_vla(path: Path, c: ModelConfig, s: Signature, variant: str = "realtime-vla") -> Captured:
+    """realtime-vla at its own (full) dimensions, with random weights drawn on the card.
+
+    The prompt is given as embeddings, as its converted checkpoints hold it: it does not look tokens up,
+    which is work that our policy does.
+    """
+    file, name = REALTIME_VLA[variant][VLAModelType(c.model_type)]
+    torch.compiler.reset()  # it compiles attention for the shapes it meets first, and must not inherit others
+    with _importable(path), redirect_stdout(sys.stderr):
+        network = getattr(importlib.import_module(file), name)
+        model = network.__new__(network)
+        prompt = {"discrete_state_input": False} if c.model_type == VLAModelType.PI05 else {}
+        network.__init__(model, _Drawn(model, s.prompt, c.encoder_dim), s.views, s.chunk, **prompt)
+
+    def act(inputs: Mapping[str, Tensor]) -> Tensor:
+        given = [inputs["images"][0], inputs["noise"][0]]
+        if c.model_type == VLAModelType.PI0:
+            given.insert(1, inputs["state"][0])
+        actions: Tensor = model.forward(*given)
+        return actions
+
+    def write(inputs: Mapping[str, Tensor]) -> None:
+        model.buffers["diffusion_noise"].copy_(inputs["noise"][0])
+
+    return Captured(act, model.infer_graph.replay, write)
+
+
+class _Drawn:
+    """A checkpoint for a realtime-vla model under construction: fills the tensors that the model allocated.
+
+    So it costs no memory beside the model's own, and needs no list of names and shapes.
+    """
+
+    def __init__(self, model: Any, prompt: int, width: int) -> None:
+        self._model = model
+        self._generator = torch.Generator(device="cuda").manual_seed(0)
+        self._prompt = torch.randn(prompt, width, generator=self._generator, device="cuda")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return {"language_embeds": self._prompt}[name]  # its length says how long the prompt is
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, values), as a dictionary gives them."""
+        for name, tensor in self._model.weights.items():
+            if name != "language_embeds":
+                matrix = name.endswith(("_w", "position_embedding")) and tensor.ndim > 1 and "norm_w" not in name
+                fan = math.prod(tensor.shape[:-1]) if "patch" in name else tensor.shape[-2] if matrix else 100
+                tensor.normal_(0.0, max(fan, 100) ** -0.5, generator=self._generator)
+            yield name, self._prompt if name == "language_embeds" else tensor
+
+
+@contextmanager
+def _importable(path: Path) -> Iterator[None]:
+    """A folder in front of the import path, and `transformers` as a name alone: only a tokenizer comes from it."""
+    stub = importlib.util.module_from_spec(ModuleSpec("transformers", None))
+    stub.AutoTokenizer = object  # type: ignore[attr-defined]
+    real = sys.modules.get("transformers")
+    sys.path.insert(0, str(path.resolve()))
+    sys.modules["transformers"] = stub
+    try:
+        yield
+    finally:
+        sys.path.remove(str(path.resolve()))
+        del sys.modules["transformers"]
+        if real is not None:
+            sys.modules["transformers"] = real

@@ -6,6 +6,7 @@ must have the declared shape and an acceptable dtype.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -79,10 +80,9 @@ def _batched(name: str, x: Tensor, t: Type) -> Tensor:
 def _integers(name: str, x: Tensor, t: Type, what: str = "integers") -> Tensor:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise InputError(f"{name}: expected {what}, found {x.dtype}")
-    x = x.to(torch.int64)
-    limits = torch.iinfo(TORCH_DTYPES[t.dtype])
-    if x.numel():
-        low, high = (int(v) for v in x.aminmax())
+    limits, given = torch.iinfo(TORCH_DTYPES[t.dtype]), torch.iinfo(x.dtype)
+    if given.min < limits.min or given.max > limits.max:
+        low, high = _extremes(x)
         if low < limits.min or high > limits.max:
             raise InputError(f"{name}: expected {what} that fit {t.dtype}, found {low} to {high}")
     return x.to(TORCH_DTYPES[t.dtype])
@@ -93,8 +93,18 @@ def _shape(name: str, x: Tensor, t: Type, hint: str = "") -> None:
         raise InputError(f"{name}: expected shape {t.shape}, found {tuple(x.shape)}{hint}")
 
 
+def _extremes(x: Tensor) -> tuple[Any, Any]:
+    """The smallest and the largest entry, NaN where there is one: a single wait for a GPU."""
+    if not x.numel():
+        return 0, 0
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        x = x.to(torch.int64)
+    low, high = torch.stack(x.aminmax()).tolist()
+    return low, high
+
+
 def _finite(name: str, x: Tensor) -> None:
-    if not bool(torch.isfinite(x).all()):
+    if not all(map(math.isfinite, _extremes(x))):
         raise InputError(f"{name}: expected finite numbers, found {int((~torch.isfinite(x)).sum())} NaN or infinite")
 
 
@@ -109,8 +119,8 @@ def _images(name: str, x: Tensor, t: Type) -> Tensor:
         raise InputError(
             f"{name}: expected float RGB in [-1, 1], found {x.dtype}; scale 8-bit pixels with x / 255 * 2 - 1"
         )
-    low, high = (float(v) for v in x.aminmax())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    low, high = _extremes(x)
+    if not (math.isfinite(low) and math.isfinite(high)):
         _finite(name, x)
     if low < -1.001 or high > 1.001:
         raise InputError(
@@ -177,7 +187,7 @@ def _same_length(tokens: Any, mask: Any) -> None:
 
 
 def _check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
-    low, high = (int(v) for v in tokens.aminmax())
+    low, high = _extremes(tokens)
     if low < 0 or high >= vocabulary:
         raise InputError(
             f"tokens: expected ids from 0 to {vocabulary - 1}, found {low} to {high}; is this the model's tokenizer?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cortexflow.errors import CheckpointError, InputError
-from cortexflow.ir import PREPARE, Module, run
+from cortexflow.ir import PREPARE, Block, Func, Module, Op, Value, run
+from cortexflow.ir.core import clone_block
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.ir.interpreter import count_runs
+from cortexflow.passes.dce import sweep
 
 
 class Weights(Mapping[str, Tensor]):
@@ -51,27 +54,80 @@ def check_weights(module: Module, weights: Mapping[str, Any]) -> None:
         )
 
 
-def prepare(module: Module, weights: Mapping[str, Tensor], progress: bool = False) -> tuple[Module, dict[str, Tensor]]:
+def prepare(
+    module: Module,
+    weights: Mapping[str, Tensor],
+    progress: bool = False,
+    known: dict[str, Tensor] | None = None,
+) -> tuple[Module, dict[str, Tensor]]:
     """Run `prepare` and gather what the stages read: (the stages alone, their weights by key).
 
     Checkpoint tensors are read one at a time and dropped after their last use, so that memory holds
-    the finished weights and little else.
+    the finished weights and little else. `known`, by fingerprint, holds what other modules of the same
+    checkpoint have made already; what is made here is put there.
     """
     check_weights(module, weights)
-    stages = Module({f.name: f for f in module.stages}, {}, module.meta)
+    stages = stages_of(module)
     needed = stages.weight_types()
+    marks = fingerprints(module)
+    known = known if known is not None else {}
+    wanted = [k for k in needed if marks[k] not in known]
     found: dict[str, Tensor] = {}
     if PREPARE in module.funcs:
-        func = module.funcs[PREPARE]
+        func = _only(module.funcs[PREPARE], wanted)
         total = count_runs(func.block)
         bar = tqdm(total=total, desc="preparing weights", unit="op", delay=1.0, leave=False, disable=not progress)
         with bar:
             found = run(func, {}, weights, watch=lambda op, results: bar.update(1))
-    direct = [k for k in needed if k not in found]
+    direct = [k for k in wanted if k not in found]
     for key in tqdm(direct, desc="reading weights", unit="tensor", delay=1.0, leave=False, disable=not progress):
         t = needed[key]
         found[key] = weights[key].to(TORCH_DTYPES[t.dtype])
-    return stages, {k: _dense(found[k], k, needed[k].shape) for k in needed}
+    for key in wanted:
+        known[marks[key]] = _dense(found.pop(key), key, needed[key].shape)
+    return stages, {k: known[marks[k]] for k in needed}
+
+
+def stages_of(module: Module) -> Module:
+    """The module without `prepare`: its results are weights like any other."""
+    return Module({f.name: f for f in module.stages}, {}, module.meta)
+
+
+def fingerprints(module: Module) -> dict[str, str]:
+    """How each weight of the stages is made, by key: where two are equal, one checkpoint gives equal tensors."""
+    types = stages_of(module).weight_types()
+    found = {k: _mark(Op("weight", [], {"key": k, "type": t}), {}) for k, t in types.items()}
+    if PREPARE in module.funcs:
+        env: dict[Value, str] = {}
+        _mark_block(module.funcs[PREPARE].block, env, 0)
+        found |= {k: env[v] for k, v in module.funcs[PREPARE].results.items() if k in types}
+    return found
+
+
+def _mark_block(block: Block, env: dict[Value, str], depth: int) -> str:
+    """A fingerprint of every value of a block into `env`; returns that of its last op."""
+    env |= {arg: f"argument {i} at depth {depth}" for i, arg in enumerate(block.args)}
+    mark = ""
+    for op in block.ops:
+        mark = _mark(op, env, _mark_block(op.body, env, depth + 1) if op.body else "")
+        many = len(op.outputs) > 1
+        env |= {out: f"{mark} {i}" if many else mark for i, out in enumerate(op.outputs)}
+    return mark
+
+
+def _mark(op: Op, env: Mapping[Value, str], body: str = "") -> str:
+    attrs = sorted((k, repr(v)) for k, v in op.attrs.items())
+    return hashlib.sha256(repr((op.name, attrs, [env[v] for v in op.inputs], body)).encode()).hexdigest()
+
+
+def _only(func: Func, names: list[str]) -> Func:
+    """A function cut down to some of its results; those that it does not have are left out."""
+    cut = Func(func.name, clone_block(func.block, {}))
+    kept = {n: v for n, v in cut.results.items() if n in set(names)}
+    ret = cut.block.ops[-1]
+    ret.attrs, ret.inputs = {**ret.attrs, "names": tuple(kept)}, list(kept.values())
+    sweep(cut)
+    return cut
 
 
 def _dense(x: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from cortexflow.errors import TargetError
@@ -38,19 +37,31 @@ class Executable(Protocol):
 class Target:
     """A name, the fused ops it can run as they are, and how it builds a module.
 
-    `build(module, weights, device)`: the module is legalised, has no `prepare`, and reads exactly
-    the weights given; it must refuse, with `TargetError`, what it cannot run.
+    `build(module, weights, device, **options)`: the module is legalised, has no `prepare`, and reads
+    exactly the weights given, which may be prepared only when the first of them is read; it must refuse,
+    with `TargetError`, what it cannot run. Keywords come only to a target that asks for them:
+
+    * `without` (if it has `switches`): the frozenset of those that are off.
+    * `forms`: by weight key, a dictionary in which it finds what earlier builds made of an equal weight,
+      and leaves what it makes. Several prompt buckets of one policy so share what is on the device.
+    * `tune`: measure on the device what is not known yet. `progress`: show bars for work over a second.
+
+    `accepts(op, without)`: of the ops claimed, those of a shape or dtype that it can run.
     """
 
     name: str
     claims: frozenset[str]
-    build: Callable[[Module, Mapping[str, Tensor], torch.device], Executable]
-    accepts: Callable[[Op], bool] = lambda op: True  # of the ops claimed, those of a shape or dtype it can run
+    build: Callable[..., Executable]
+    accepts: Callable[[Op, frozenset[str]], bool] = lambda op, without: True
     layouts: frozenset[str] = frozenset()  # rewrites of `passes/layout.py` that suit it: `patches`
+    switches: Mapping[str, str] = field(default_factory=dict)  # optimisations that can be off, a line on each
+    needs: frozenset[str] = frozenset()  # passes that it cannot do without: they cannot be off
+    options: frozenset[str] = frozenset()  # of `forms`, `tune`, `progress`, those that `build` takes
 
-    def runs(self, op: Op) -> bool:
-        """Whether this target runs a fused op as it is."""
-        return op.name in self.claims and self.accepts(op)
+    def runs(self, op: Op, without: frozenset[str] = frozenset()) -> bool:
+        """Whether this target runs a fused op as it is, with these switches off (its own, or `fuse.NAME`)."""
+        off = op.name.replace("fused.", "fuse.", 1) in without
+        return op.name in self.claims and not off and self.accepts(op, without)
 
 
 # What an input or a result holds, where its name is one that policies use.

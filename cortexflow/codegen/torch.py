@@ -483,11 +483,21 @@ def load_source(text: str, weights: Mapping[str, Tensor]) -> nn.Module:
     return policy.eval()
 
 
-def build(module: Module, weights: Mapping[str, Tensor], device: torch.device) -> TorchExecutable:
-    """Build a legalised module for a device that PyTorch has."""
+def build(
+    module: Module,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    forms: Mapping[str, dict[str, Tensor]] | None = None,
+) -> TorchExecutable:
+    """Build a legalised module for a device that PyTorch has; `forms` as `Target` says."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TargetError("target 'torch' on device 'cuda': PyTorch finds no CUDA GPU here; use device='cpu'")
+    if forms is not None:
+        for key in module.weight_types():
+            if not forms[key]:
+                forms[key]["there"] = weights[key].to(device)
+        weights = {key: forms[key]["there"] for key in module.weight_types()}
     return TorchExecutable(module, weights, device)
 
 
-TARGET = Target("torch", CLAIMS, build)
+TARGET = Target("torch", CLAIMS, build, options=frozenset({"forms"}))

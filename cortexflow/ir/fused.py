@@ -50,6 +50,12 @@ def glu(h: Value, *, kind: str, width: int) -> Value:
     return mul(act(slice_(h, axis=-1, stop=width), kind=kind), slice_(h, axis=-1, start=width))
 
 
+@fused
+def matmul_glu(x: Value, w: Value, *, kind: str, width: int) -> Value:
+    """Project x to gate and up, combine them."""
+    return glu(matmul(x, w), kind=kind, width=width)
+
+
 # ---- products behind a norm ------------------------------------------------------------------------
 
 
@@ -62,7 +68,7 @@ def norm_matmul(x: Value, w: Value, *, eps: float) -> Value:
 @fused
 def norm_glu(x: Value, w: Value, *, eps: float, kind: str, width: int) -> Value:
     """RMS-normalise x, project it to gate and up, combine them."""
-    return glu(norm_matmul(x, w, eps=eps), kind=kind, width=width)
+    return matmul_glu(rms_norm(x, eps=eps), w, kind=kind, width=width)
 
 
 @fused
@@ -80,7 +86,7 @@ def modulated_norm_matmul(x: Value, scale: Value, shift: Value, w: Value, *, eps
 @fused
 def modulated_norm_glu(x: Value, scale: Value, shift: Value, w: Value, *, eps: float, kind: str, width: int) -> Value:
     """Adaptive norm, projection to gate and up, their combination."""
-    return glu(modulated_norm_matmul(x, scale, shift, w, eps=eps), kind=kind, width=width)
+    return matmul_glu(modulated_norm(x, scale, shift, eps=eps), w, kind=kind, width=width)
 
 
 @fused
@@ -92,7 +98,7 @@ def layer_norm_linear(x: Value, w: Value, b: Value, *, eps: float) -> Value:
 @fused
 def layer_norm_linear_act(x: Value, w: Value, b: Value, *, eps: float, kind: str) -> Value:
     """Layer-normalise x, project it, with bias, and apply an activation."""
-    return act(layer_norm_linear(x, w, b, eps=eps), kind=kind)
+    return linear_act(layer_norm(x, eps=eps), w, b, kind=kind)
 
 
 # ---- attention -------------------------------------------------------------------------------------
@@ -131,6 +137,7 @@ FUSED = (  # the order in which `fuse` tries them: the largest first
     matmul_residual,
     linear_act,
     linear,
+    matmul_glu,
     glu,
     rotated_attention_segments,
     attention_segments,

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cortexflow.ir.core import Module, Op, clone
+from cortexflow.ir.fused import FUSED
 from cortexflow.ir.text import dump
 from cortexflow.ir.verifier import verify
 from cortexflow.passes.absorb import absorb
@@ -51,9 +53,26 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
 )
 
 
+SWITCHES: Mapping[str, str] = {  # what may be left out, and the module still computes the same
+    "absorb": "scales and biases go into the weights next to them",
+    "layout": "a convolution over patches is a product, for targets that want it so",
+    "merge": "products of one input are one product",
+    "hoist": "what depends on weights alone is computed once, when they are loaded",
+    "cse": "what is computed twice is computed once",
+    "fuse": "ops that one kernel can do become one op",
+    **{f"fuse.{f.__name__}": (f.__doc__ or "").splitlines()[0] for f in FUSED},
+}
+
+
 def pipeline(layouts: Collection[str] = ()) -> tuple[tuple[str, Pass], ...]:
     """The passes for a target that wants these layouts (`patches`); without any, its library knows better."""
     return tuple(p for p in PIPELINE if p[0] != "layout" or "patches" in layouts)
+
+
+def switched(passes: Sequence[tuple[str, Pass]], without: Collection[str]) -> tuple[tuple[str, Pass], ...]:
+    """The passes less those named in `without`; `fuse.NAME` leaves out one fused op."""
+    fewer = partial(fuse, fused_ops=[f for f in FUSED if f"fuse.{f.__name__}" not in without])
+    return tuple((name, fewer if run is fuse else run) for name, run in passes if name not in without)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which fused ops the Triton kernels run as they are: shapes, dtypes and extents that fit."""
+"""Which fused ops the Triton kernels run as they are, which products suit which kernel: shapes and dtypes that fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from math import prod
 
 from cortexflow.ir.core import Op, Value
 
-FEW_ROWS = 16  # products with at most so many rows stream their weights
+FEW_ROWS = 16  # products with at most so many rows stream their weights through matrix instructions of 16 rows
+SOME_ROWS = 64  # with at most so many, through warpgroup instructions of 64
 SHARED_BYTES = 227 * 1024  # of a block on Hopper, for which the streaming kernels are laid out
 TENSOR_CORES = ("bf16", "f16")
 
@@ -16,22 +17,39 @@ def _power_of_two(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-def _rows(v: Value) -> int:
+def row_count(v: Value) -> int:
+    """Rows of a value as a matrix of its last axis."""
     return prod(v.type.shape[:-1])
 
 
-def streams(op: Op, x: int, w: int, glu: bool = False, norm: bool = False) -> bool:
-    """Whether a product suits the streaming kernel: few rows, a plain matrix, extents that divide and fit."""
-    xt, wt = op.inputs[x].type, op.inputs[w].type
-    if len(wt.shape) != 2 or xt.dtype not in TENSOR_CORES or op.out.type.dtype != xt.dtype:
+def streams(op: Op, x: int, w: int, glu: bool = False, norm: bool = False, modulated: bool = False) -> bool:
+    """Whether a product suits the kernels for up to 16 rows: a plain matrix, extents that divide and fit.
+
+    A modulated norm's shift takes one of the rows.
+    """
+    if not _matrix(op, x, w):
         return False
-    k, n = wt.shape
-    divides = _power_of_two(k) and k >= 256 and n % 64 == 0
-    return divides and _rows(op.inputs[x]) <= FEW_ROWS and skinny_config(n, k, glu, norm) is not None
+    k, n = op.inputs[w].type.shape
+    fits = _power_of_two(k) and k >= 512 and n % 64 == 0 and (not norm or k <= 2048)
+    rows = row_count(op.inputs[x]) + modulated
+    return fits and rows <= FEW_ROWS and skinny_config(n, k, glu, norm) is not None
+
+
+def grouped(op: Op, x: int, w: int, norm_free: bool = True) -> bool:
+    """Whether a product suits the kernels for up to 64 rows."""
+    if not _matrix(op, x, w) or not norm_free:
+        return False
+    k, n = op.inputs[w].type.shape
+    return FEW_ROWS < row_count(op.inputs[x]) <= SOME_ROWS and k % 512 == 0 and n % 64 == 0
+
+
+def _matrix(op: Op, x: int, w: int) -> bool:
+    xt, wt = op.inputs[x].type, op.inputs[w].type
+    return len(wt.shape) == 2 and xt.dtype in TENSOR_CORES and op.out.type.dtype == xt.dtype
 
 
 def skinny_config(n: int, k: int, glu: bool, norm: bool) -> tuple[int, int, int, int] | None:
-    """(columns of a program, splits of k, slices of k, warps), as measured on Hopper (see benchmarks/).
+    """(columns of a program, splits of k, slices of k, warps) for cards before Hopper.
 
     None where the tiles would not fit a block's shared memory. A norm needs whole rows: k is not split.
     """
@@ -56,8 +74,8 @@ def _like_result(op: Op, residual: int) -> bool:
 STREAMED: Mapping[str, Callable[[Op], bool]] = {
     "fused.norm_matmul": lambda o: streams(o, 0, 1, norm=True),
     "fused.norm_glu": lambda o: streams(o, 0, 1, glu=True, norm=True),
-    "fused.modulated_norm_matmul": lambda o: streams(o, 0, 3, norm=True) and _modulated(o),
-    "fused.modulated_norm_glu": lambda o: streams(o, 0, 3, glu=True, norm=True) and _modulated(o),
+    "fused.modulated_norm_matmul": lambda o: streams(o, 0, 3, norm=True, modulated=True) and _modulated(o),
+    "fused.modulated_norm_glu": lambda o: streams(o, 0, 3, glu=True, norm=True, modulated=True) and _modulated(o),
 }
 
 
@@ -66,11 +84,11 @@ def _modulated(op: Op) -> bool:
     return _row_vector(op.inputs[1], width) and _row_vector(op.inputs[2], width)
 
 
-def _decode(op: Op) -> bool:
-    """Whether attention over a cache suits the decoding kernel."""
+def _segments(op: Op) -> bool:
+    """Whether attention over a cache suits the decoding kernels."""
     q, k0, v0, cosine, mask = (op.inputs[i].type for i in (0, 1, 2, 5, 7))
     b, m, _, d = q.shape
-    fits = b == 1 and m <= FEW_ROWS and k0.shape == v0.shape and k0.shape[2] == 1 and d in (64, 128, 256)
+    fits = b == 1 and m <= SOME_ROWS and k0.shape == v0.shape and k0.shape[2] == 1 and d in (64, 128, 256)
     return fits and q.dtype in TENSOR_CORES and not op.attrs["causal"] and mask.shape[0] == 1 and cosine.shape[0] == 1
 
 
@@ -83,10 +101,16 @@ def _residual_bias(op: Op) -> bool:
     return len(w) == 2 and b == w[1:] and _like_result(op, 0)
 
 
+def _gated_unit(op: Op) -> bool:
+    """A gated unit inside its product's kernel: 16-bit types, a weight whose columns come in whole tiles."""
+    return _matrix(op, 0, 1) and op.attrs["width"] % 64 == 0 and op.inputs[0].type.shape[-1] % 64 == 0
+
+
 CLAIMS: Mapping[str, Callable[[Op], bool]] = {
     **STREAMED,
-    "fused.rotated_attention_segments": _decode,
+    "fused.rotated_attention_segments": _segments,
     "fused.modulated_norm": lambda o: _modulated(o) and o.inputs[0].type.shape[-1] <= 8192,
+    "fused.matmul_glu": _gated_unit,
     "fused.glu": lambda o: True,
     "fused.linear": _plain_bias,
     "fused.linear_act": _plain_bias,
@@ -97,7 +121,10 @@ CLAIMS: Mapping[str, Callable[[Op], bool]] = {
     ),
 }
 
+SWITCHED = {"streaming": frozenset(STREAMED), "epilogues": frozenset({"fused.matmul_glu"})}  # claims that can be off
 
-def claims(op: Op) -> bool:
+
+def claims(op: Op, without: frozenset[str] = frozenset()) -> bool:
     """Whether this target runs a fused op as it is."""
-    return op.name in CLAIMS and CLAIMS[op.name](op)
+    off = any(op.name in SWITCHED.get(name, ()) for name in without)
+    return not off and op.name in CLAIMS and CLAIMS[op.name](op)

@@ -8,48 +8,123 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from cortexflow.codegen.triton.placement import Forms, Staging, allot, fill, host_weights
 from cortexflow.codegen.triton.program import Program
-from cortexflow.errors import InputError, TargetError
-from cortexflow.ir.core import Func, Module, Value
+from cortexflow.codegen.triton.rules import RULES
+from cortexflow.errors import TargetError
+from cortexflow.ir.core import Module, Value
 from cortexflow.passes.plan_buffers import plan_buffers
 
-SCRATCH = 1 << 22  # float32 entries for the parts of split products and split keys
+SCRATCH = 1 << 23  # float32 entries for the parts of split products and of attention
 COUNTERS = 8192  # one for each tile of a split
+
+SWITCHES = {
+    "cuda_graph": "the launches recorded once and replayed; off: Python launches each kernel at every call",
+    "overlap": "a kernel starts before the one ahead of it has ended (programmatic dependent launch)",
+    "host_tables": "large tables read by rows stay in host memory",
+    "streaming": "few rows: kernels that fetch their weights before they wait for their input; off: the library",
+    "epilogues": "gated units and biases inside a product's kernel; off: the library's product, then a kernel behind",
+    "joined": "neighbouring row-wise kernels in one launch: a norm behind a sum, rotation with the move to the cache",
+}
+
+
+class Layout:
+    """A module's launch plan as text, and what it takes to run; without `tune` no card is needed to make one.
+
+    Attributes:
+        text: the source.
+        places: the attribute of the plan that holds each wired value.
+        weights: (key, form) → attribute.
+        host: keys of the weights that stay on the host.
+        bytes: by purpose: `weights`, `arena` and `scratch` on the card, `host` in pinned host memory.
+    """
+
+    def __init__(self, module: Module, without: frozenset[str] = frozenset(), tune: bool = False) -> None:
+        plan = plan_buffers(module)
+        program = Program(module, plan, without, tune, capability())
+        program.text()  # names every buffer that a launch touches; those of results may be missing yet
+        wired = [v for s in module.stages for v in (*s.args.values(), *s.results.values())]
+        self.places = {v: program.buffer(v).removeprefix("self.") for v in wired}
+        self.text, self.weights = program.text(), program.weights
+        by_kernel = "gather" in RULES and "host_tables" not in without  # PyTorch's lookup reads the card's memory alone
+        self.host = host_weights(module) if by_kernel else frozenset()
+        types = module.weight_types()
+        sizes = {True: 0, False: 0}
+        for key, _ in self.weights:
+            sizes[key in self.host] += types[key].nbytes
+        self.bytes = {"weights": sizes[False], "arena": plan.peak, "scratch": 4 * (SCRATCH + COUNTERS)}
+        self.bytes["host"] = sizes[True]
+
+
+def capability() -> int:
+    """Compute capability of the current card, times ten; Hopper's where there is none."""
+    if not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 class TritonExecutable:
-    """The launches with weights and arena, replayed as CUDA graphs: one for all stages, others for what is asked."""
+    """The launches with weights and arena, replayed as CUDA graphs: one for all stages, others for what is asked.
 
-    def __init__(self, module: Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        self._module, self._device = module, device
-        self._plan = plan_buffers(module)
-        program = Program(module, self._plan)
-        program.text()  # names every buffer that a launch touches; those of results may be missing yet
-        self._places = {v: program.buffer(v).removeprefix("self.") for s in module.stages for v in _wired(s)}
-        self._text = program.text()
+    `without`: names of SWITCHES. `forms`: what other buckets of the same policy have placed of each weight.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        weights: Mapping[str, Tensor],
+        device: torch.device,
+        *,
+        without: frozenset[str] = frozenset(),
+        forms: Forms | None = None,
+        tune: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.module, self.layout, self._device, self._without = module, Layout(module, without, tune), device, without
         scope: dict[str, Any] = {"__name__": "cortexflow_generated"}
-        exec(compile(self._text, "<cortexflow triton>", "exec"), scope)
-        arena = torch.empty(self._plan.peak, dtype=torch.uint8, device=device)
+        exec(compile(self.layout.text, "<cortexflow triton>", "exec"), scope)
+        arena = torch.empty(self.layout.bytes["arena"], dtype=torch.uint8, device=device)
         parts = torch.empty(SCRATCH, dtype=torch.float32, device=device)
         scratch = (parts, torch.zeros(COUNTERS, dtype=torch.int32, device=device))
-        self._policy = scope["Policy"]({k: t.to(device) for k, t in weights.items()}, arena, scratch)
+        named, empty = allot(self.layout.weights, module.weight_types(), device, self.layout.host, forms)
+        self._policy = scope["Policy"](named, arena, scratch)
         self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
+        self._staging = Staging(module.inputs, device)
+        self._all = tuple(s.name for s in module.stages)
+        made = {n: v for s in module.stages for n, v in s.results.items()}
+        self._outputs = {n: self._at(made[n]) for n in module.outputs}
+        self._reads = {names: self._places(names) for names in (self._all, *((n,) for n in self._all))}
+        self._fill(empty, weights, progress)
+
+    def _fill(self, empty: list[tuple[str, str, Tensor]], weights: Mapping[str, Tensor], progress: bool) -> None:
+        """Bring the weights to their places, one by one, while the kernels are compiled."""
+        from cortexflow.kernels.triton.warmup import compiling
+
+        bar = tqdm(empty, desc="placing weights", unit="weight", delay=1.0, leave=False, disable=not progress)
+        with compiling(lambda: self._launch(self._all), progress):
+            for key, form, place in bar:
+                fill(place, form, weights[key])
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # a matrix on its way to another form lay beside it
 
     def run_stage(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replay one stage on named inputs."""
         self.replay(inputs, name)
-        return {n: self._at(v).clone() for n, v in self._module.funcs[name].results.items()}
+        return {n: self._at(v).clone() for n, v in self.module.funcs[name].results.items()}
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replay all stages."""
-        self.replay(inputs, *[s.name for s in self._module.stages])
-        wired = {n: v for s in self._module.stages for n, v in s.results.items()}
-        return {n: self._at(wired[n]).clone() for n in self._module.outputs}
+        self.replay(inputs, *self._all)
+        return {n: place.clone() for n, place in self._outputs.items()}
 
     def replay(self, inputs: Mapping[str, Tensor], *stages: str) -> None:
         """Write the inputs of some stages and replay their graph; the first call captures it."""
         self.write(inputs, *stages)
+        if "cuda_graph" in self._without:
+            return self._launch(stages)
         if stages not in self._graphs:
             self._graphs[stages] = self._capture(stages)
             self.write(inputs, *stages)  # the plan reuses an input's bytes after its last reader
@@ -57,16 +132,9 @@ class TritonExecutable:
 
     def write(self, inputs: Mapping[str, Tensor], *stages: str) -> None:
         """Copy the inputs of some stages to their places."""
-        made: set[str] = set()
-        for stage in map(self._module.funcs.__getitem__, stages):
-            for name, arg in stage.args.items():
-                if name in made:
-                    continue
-                if name not in inputs:
-                    raise InputError(f"@{stage.name}: missing input {name!r} ({arg.type})")
-                self._at(arg).copy_(inputs[name])
-                made.add(name)
-            made |= set(stage.results)
+        if stages not in self._reads:
+            self._reads[stages] = self._places(stages)
+        self._staging.write(self._reads[stages], inputs, f"@{stages[0]}")
 
     def graph(self, *stages: str) -> torch.cuda.CUDAGraph:
         """The captured graph of some stages, for timing; `replay` makes it."""
@@ -74,18 +142,33 @@ class TritonExecutable:
 
     def source(self) -> str:
         """The launch plan."""
-        return self._text
+        return self.layout.text
+
+    def memory_report(self) -> str:
+        """Bytes on the card by purpose, and those in pinned host memory."""
+        size = self.layout.bytes
+        on_card = ", ".join(f"{what} {size[what]:,}" for what in ("weights", "arena", "scratch"))
+        return f"on the card: {on_card} bytes; on the host: weights {size['host']:,} bytes"
 
     def save(self, folder: Path) -> list[Path]:
         """Launch plans run this package's kernels: there is no form that runs alone."""
         raise TargetError("target 'triton' cannot be saved: its plan runs this package's kernels; save target 'torch'")
 
     def _at(self, v: Value) -> Tensor:
-        place: Tensor = getattr(self._policy, self._places[v])
+        place: Tensor = getattr(self._policy, self.layout.places[v])
         return place
 
+    def _places(self, stages: tuple[str, ...]) -> list[tuple[str, Tensor]]:
+        """What must be written before some stages run: their arguments that none of them makes."""
+        found: dict[str, Tensor] = {}
+        made: set[str] = set()
+        for stage in map(self.module.funcs.__getitem__, stages):
+            found |= {n: self._at(v) for n, v in stage.args.items() if n not in made and n not in found}
+            made |= set(stage.results)
+        return list(found.items())
+
     def _capture(self, stages: tuple[str, ...]) -> torch.cuda.CUDAGraph:
-        """Run once on a side stream, which compiles the kernels, then record every launch."""
+        """Run once on a side stream, which loads the kernels, then record every launch."""
         current, side = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -97,19 +180,21 @@ class TritonExecutable:
         return graph
 
     def _launch(self, stages: tuple[str, ...]) -> None:
-        for name in stages:
-            getattr(self._policy, name)()
+        from cortexflow.kernels.triton.common import OVERLAP
+
+        before = OVERLAP.set("overlap" not in self._without)
+        try:
+            for name in stages:
+                getattr(self._policy, name)()
+        finally:
+            OVERLAP.reset(before)
 
 
-def _wired(stage: Func) -> list[Value]:
-    return [*stage.args.values(), *stage.results.values()]
-
-
-def build(module: Module, weights: Mapping[str, Tensor], device: torch.device) -> TritonExecutable:
-    """Build a legalised module for an NVIDIA GPU."""
+def build(module: Module, weights: Mapping[str, Tensor], device: torch.device, **options: Any) -> TritonExecutable:
+    """Build a legalised module for an NVIDIA GPU; `options` as of `TritonExecutable`."""
     if device.type != "cuda" or not torch.cuda.is_available():
         raise TargetError(
             f"target 'triton' runs on an NVIDIA GPU, found device {str(device)!r}; "
             "use device='cuda', or target 'torch' or 'onnx'"
         )
-    return TritonExecutable(module, weights, device)
+    return TritonExecutable(module, weights, device, **options)

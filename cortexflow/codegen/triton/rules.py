@@ -3,52 +3,211 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cortexflow.codegen.triton.claims import STREAMED, skinny_config, streams
-from cortexflow.ir.core import Op, Value
+from cortexflow.codegen.triton.claims import SOME_ROWS, STREAMED, grouped, row_count, skinny_config, streams
+from cortexflow.codegen.triton.configs import attending, multiplying, segmented, streamed, warped
+from cortexflow.ir.core import FLOATS, Op, Value
 
 if TYPE_CHECKING:
     from cortexflow.codegen.triton.program import Stage
 
 Rule = Callable[["Stage", Op, str], list[str]]
 
+THIN = 1 << 16  # entries of a weight that `kernels/triton/thin.py` is made for
+
+ROLES = {
+    "fused.norm_matmul": ("x", "w"),
+    "fused.norm_glu": ("x", "w"),
+    "fused.modulated_norm_matmul": ("x", "scale", "shift", "w"),
+    "fused.modulated_norm_glu": ("x", "scale", "shift", "w"),
+    "fused.matmul_residual": ("r", "x", "w"),
+    "fused.matmul_gated_residual": ("r", "x", "w", "gate"),
+}
+
 
 def _flat(stage: Stage, v: Value) -> str:
     return f"flat({stage.name(v)})"
 
 
-def _skinny(stage: Stage, op: Op, out: str) -> list[str]:
-    roles = {
-        "fused.norm_matmul": ("x", "w"),
-        "fused.norm_glu": ("x", "w"),
-        "fused.modulated_norm_matmul": ("x", "scale", "shift", "w"),
-        "fused.modulated_norm_glu": ("x", "scale", "shift", "w"),
-        "fused.matmul_residual": ("r", "x", "w"),
-        "fused.matmul_gated_residual": ("r", "x", "w", "gate"),
-    }[op.name]
-    given = dict(zip(roles, op.inputs, strict=True))
-    parts = [_flat(stage, given["x"]), stage.transposed(given["w"]), f"rows({out})"]
-    parts += [f"{k}={stage.name(given[k])}.view(-1)" for k in ("gate", "scale", "shift") if k in given]
+def _row(stage: Stage, v: Value) -> str:
+    return f"{stage.name(v)}.view(-1)"
+
+
+def _few(stage: Stage, op: Op, x: int, w: int) -> bool:
+    return "streaming" not in stage.program.without and streams(op, x, w)
+
+
+def _some(stage: Stage, op: Op, x: int, w: int) -> bool:
+    """Warpgroup instructions are Hopper's alone."""
+    hopper = stage.program.capability // 10 == 9
+    return hopper and "streaming" not in stage.program.without and grouped(op, x, w)
+
+
+# ---- products of few rows ----------------------------------------------------------------------------
+
+
+def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
+    given = dict(zip(ROLES[op.name], op.inputs, strict=True))
+    glu, norm = op.name.endswith("glu"), "eps" in op.attrs
+    parts = [_flat(stage, given["x"]), stage.weight(given["w"], "rows"), f"rows({out})"]
+    parts += [f"{k}={_row(stage, given[k])}" for k in ("gate", "scale", "shift") if k in given]
     if "r" in given:
         parts.append(f"residual={_flat(stage, given['r'])}")
-    if "eps" in op.attrs:
+    if norm:
         parts.append(f"eps={op.attrs['eps']!r}")
-    if op.name.endswith("glu"):
+    if glu:
         parts.append(f"glu=True, act={op.attrs['kind']!r}")
     k, n = given["w"].type.shape
-    config = skinny_config(n, k, op.name.endswith("glu"), "eps" in op.attrs)
-    parts.append(f"scratch=self.scratch, config={config}")
-    return [f"skinny({', '.join(parts)})"]
+    if stage.program.capability >= 90:
+        return [f"streaming.streaming({', '.join(parts)}, config=streaming.{streamed(stage, op, n, k, glu, norm)!r})"]
+    return [f"skinny({', '.join(parts)}, scratch=self.scratch, config={skinny_config(n, k, glu, norm)})"]
 
 
-def _decode_attention(stage: Stage, op: Op, out: str) -> list[str]:
+def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = False) -> list[str]:
+    """A product of up to 64 rows, whole."""
+    k, n = w.type.shape
+    config = warped(stage, op, n // (1 + glu), k, glu)
+    if config.split > 1:
+        return [*_parts(stage, x, w, config), f"warpgroup.combine(self.scratch[0], rows({out}), {config.split})"]
+    unit = f"glu=True, act={op.attrs['kind']!r}, " if glu else ""
+    operands = f"{_flat(stage, x)}, {stage.weight(w, 'interleaved')}, rows({out})"
+    return [f"warpgroup.warpgroup({operands}, {unit}config=warpgroup.{config!r})"]
+
+
+def _parts(stage: Stage, x: Value, w: Value, config: Any) -> list[str]:
+    """A product's parts of k, to the scratch."""
+    scratch = f"self.scratch[0].view(-1, {w.type.shape[1]})"
+    operands = f"{_flat(stage, x)}, {stage.weight(w, 'interleaved')}, {scratch}"
+    return [f"warpgroup.warpgroup({operands}, config=warpgroup.{config!r})"]
+
+
+def _combined(stage: Stage, op: Op, out: str, r: Value, x: Value, w: Value, gate: Value | None) -> list[str]:
+    """A product of up to 64 rows added to a residual; the norm that follows comes with the addition."""
+    k, n = w.type.shape
+    config = warped(stage, op, n, k, False)
+    parts = [f"self.scratch[0], rows({out}), {config.split}, residual={_flat(stage, r)}"]
+    if gate is not None:
+        parts.append(f"gate={_row(stage, gate)}")
+    norm = stage.following(op, ("fused.modulated_norm", "rms_norm"))
+    if norm is not None and norm.out.type.dtype == op.out.type.dtype:
+        stage.done.add(norm)
+        parts.append(f"normed=rows({stage.name(norm.out)}), eps={norm.attrs['eps']!r}")
+        parts += [f"{n}={_row(stage, v)}" for n, v in zip(("scale", "shift"), norm.inputs[1:], strict=False)]
+    return [*_parts(stage, x, w, config), f"warpgroup.combine({', '.join(parts)})"]
+
+
+def _segments(stage: Stage, op: Op, out: str) -> list[str]:
     q, k0, v0, k1, v1, cosine, sine, mask = (f"{stage.name(v)}[0]" for v in op.inputs)
-    config = "(16, 64, 5, 4)"
+    operands = f"{q}, {k1}, {v1}, {k0}, {v0}, {cosine}, {sine}, {mask}, {out}[0], {op.attrs['scale']!r}"
+    return [f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
+
+
+# ---- products of many rows ---------------------------------------------------------------------------
+
+
+def _product(stage: Stage, op: Op, out: str) -> list[str]:
+    x, w = op.inputs
+    if len(w.type.shape) != 2 or op.out.type.dtype != x.type.dtype:
+        return stage.copied(op, out)
+    if small := _thin(stage, op, out, x, w):
+        return small
+    if _some(stage, op, 0, 1):
+        return _warped(stage, op, out, x, w)
+    return _multiplied(stage, op, out, x, w) or [f"torch.mm({_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
+
+
+def _thin(stage: Stage, op: Op, out: str, x: Value, w: Value, **ends: str) -> list[str] | None:
+    """A small product in float32, which the library's kernels are slow to start for."""
+    small = len(w.type.shape) == 2 and w.type.size <= THIN and row_count(x) <= SOME_ROWS
+    if not small or w.type.dtype != "f32" or op.out.type.dtype != "f32" or "streaming" in stage.program.without:
+        return None
+    given = "".join(f", {name}={value}" for name, value in ends.items())
+    return [f"thin({_flat(stage, x)}, {stage.name(w)}, rows({out}){given})"]
+
+
+def _linear(stage: Stage, op: Op, out: str) -> list[str]:
+    x, w, b = op.inputs
+    if small := _thin(stage, op, out, x, w, bias=stage.name(b)):
+        return small
+    ours = _multiplied(stage, op, out, x, w, f"bias={stage.name(b)}")
+    return ours or [f"torch.addmm({stage.name(b)}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
+
+
+def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
+    x, w, b = op.inputs
+    kind = op.attrs["kind"]
+    ours = _multiplied(stage, op, out, x, w, f"bias={stage.name(b)}, act={kind!r}")
+    if ours:
+        return ours
+    operands = f"{stage.name(b)}, {_flat(stage, x)}, {stage.name(w)}"
+    if kind == "gelu_tanh" and "epilogues" not in stage.program.without and op.out.type.dtype in ("bf16", "f16"):
+        return [f"torch._addmm_activation({operands}, use_gelu=True, out=rows({out}))"]  # its GELU is the tanh form
+    flat = f"rows({out})"
     return [
-        f"decode_attention({q}, {k1}, {v1}, {k0}, {v0}, {cosine}, {sine}, {mask}, {out}[0], "
-        f"{op.attrs['scale']!r}, self.scratch, {config})"
+        f"torch.mm({_flat(stage, x)}, {stage.name(w)}, out={flat})",
+        f"epilogue({flat}, {flat}, bias={stage.name(b)}, act={kind!r})",
     ]
+
+
+def _linear_residual(stage: Stage, op: Op, out: str) -> list[str]:
+    r, x, w, b = op.inputs
+    if small := _thin(stage, op, out, x, w, bias=stage.name(b), residual=_flat(stage, r)):
+        return small
+    ours = _multiplied(stage, op, out, x, w, f"bias={stage.name(b)}, residual={_flat(stage, r)}")
+    if ours:
+        return ours
+    flat = f"rows({out})"
+    product = f"torch.addmm({_flat(stage, r)}, {_flat(stage, x)}, {stage.name(w)}, out={flat})"
+    norm = stage.following(op, ("layer_norm", "rms_norm"))
+    if norm is None or norm.out.type.dtype != op.out.type.dtype:
+        return [product, f"epilogue({flat}, {flat}, bias={stage.name(b)})"]
+    stage.done.add(norm)
+    return [product, _normed(stage, norm, stage.name(norm.out), f"bias={stage.name(b)}")]
+
+
+def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
+    r, x, w = op.inputs
+    if _few(stage, op, 1, 2):
+        return _streamed(stage, op, out)
+    if _some(stage, op, 1, 2):
+        return _combined(stage, op, out, r, x, w, None)
+    if small := _thin(stage, op, out, x, w, residual=_flat(stage, r)):
+        return small
+    ours = _multiplied(stage, op, out, x, w, f"residual={_flat(stage, r)}")
+    return ours or [f"torch.addmm({_flat(stage, r)}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
+
+
+def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
+    r, x, w, gate = op.inputs
+    if _few(stage, op, 1, 2):
+        return _streamed(stage, op, out)
+    if _some(stage, op, 1, 2):
+        return _combined(stage, op, out, r, x, w, gate)
+    # the result may stand where the residual stood: the product needs a place of its own
+    product = f"torch.mm({_flat(stage, x)}, {stage.name(w)})"
+    return [f"epilogue({product}, rows({out}), residual={_flat(stage, r)}, gate={_row(stage, gate)})"]
+
+
+def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
+    x, w = op.inputs
+    if _some(stage, op, 0, 1):
+        return _warped(stage, op, out, x, w, glu=True)
+    k, n = w.type.shape
+    config = multiplying(stage, op, row_count(x), n // 2, k, "pairs")
+    operands = f"{_flat(stage, x)}, {stage.weight(w, 'pairs')}, rows({out})"
+    return [f"product.product({operands}, act={op.attrs['kind']!r}, pairs=True, config=product.{config!r})"]
+
+
+def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = "") -> list[str] | None:
+    """A product in a kernel of ours, with its epilogue, where that is known to be the faster one."""
+    k, n = w.type.shape
+    config = multiplying(stage, op, row_count(x), n, k, op.name.removeprefix("fused."))
+    if config is None:
+        return None
+    ends += ", scratch=self.scratch[0]" if config.split > 1 else ""
+    operands = f"{_flat(stage, x)}, {stage.name(w)}, rows({out})"
+    return [f"product.product({', '.join(filter(None, (operands, ends.lstrip(', '))))}, config=product.{config!r})"]
 
 
 def _attention(stage: Stage, op: Op, out: str) -> list[str]:
@@ -58,66 +217,57 @@ def _attention(stage: Stage, op: Op, out: str) -> list[str]:
         return stage.copied(op, out)
     mask = f", mask={stage.name(extra[0])}" if extra else ""
     q, k, v = map(stage.name, op.inputs[:3])
-    return [f"attention({q}, {k}, {v}, {out}, {op.attrs['scale']!r}{mask})"]
+    config = attending(stage, op)
+    tile = f", config=prefill_attention.{config!r}, scratch=self.scratch" if config is not None else ""
+    return [f"prefill_attention.attention({q}, {k}, {v}, {out}, {op.attrs['scale']!r}{mask}{tile})"]
 
 
-def _product(stage: Stage, op: Op, out: str) -> list[str]:
-    x, w = op.inputs
-    if len(w.type.shape) != 2 or op.out.type.dtype != x.type.dtype:
-        return stage.copied(op, out)
-    return [f"torch.mm({_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
-
-
-def _linear(stage: Stage, op: Op, out: str) -> list[str]:
-    x, w, b = op.inputs
-    return [f"torch.addmm({stage.name(b)}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
-
-
-def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
-    x, w, b = op.inputs
-    flat = f"rows({out})"
-    return [
-        f"torch.mm({_flat(stage, x)}, {stage.name(w)}, out={flat})",
-        f"epilogue({flat}, {flat}, bias={stage.name(b)}, act={op.attrs['kind']!r})",
-    ]
-
-
-def _linear_residual(stage: Stage, op: Op, out: str) -> list[str]:
-    r, x, w, b = op.inputs
-    flat = f"rows({out})"
-    return [
-        f"torch.addmm({_flat(stage, r)}, {_flat(stage, x)}, {stage.name(w)}, out={flat})",
-        f"epilogue({flat}, {flat}, bias={stage.name(b)})",
-    ]
-
-
-def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
-    if streams(op, 1, 2):
-        return _skinny(stage, op, out)
-    r, x, w = op.inputs
-    return [f"torch.addmm({_flat(stage, r)}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
-
-
-def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
-    if streams(op, 1, 2):
-        return _skinny(stage, op, out)
-    r, x, w, gate = op.inputs  # the result may stand where the residual stood: the product needs a place of its own
-    product = f"torch.mm({_flat(stage, x)}, {stage.name(w)})"
-    return [f"epilogue({product}, rows({out}), residual={_flat(stage, r)}, gate={stage.name(gate)}.view(-1))"]
+# ---- row by row --------------------------------------------------------------------------------------
 
 
 def _act(stage: Stage, op: Op, out: str) -> list[str]:
     return [f"epilogue({_flat(stage, op.inputs[0])}, rows({out}), act={op.attrs['kind']!r})"]
 
 
+def _cast(stage: Stage, op: Op, out: str) -> list[str]:
+    x = op.inputs[0]
+    if x.type.dtype not in FLOATS or op.out.type.dtype not in FLOATS or "f64" in (x.type.dtype, op.out.type.dtype):
+        return stage.copied(op, out)
+    if not x.type.shape:
+        return stage.copied(op, out)
+    return [f"epilogue({_flat(stage, x)}, rows({out}))"]
+
+
+def _add(stage: Stage, op: Op, out: str) -> list[str]:
+    """A sum of two matrices, or of a matrix and one row."""
+    x, y = op.inputs
+    if x.type.dtype not in ("f32", "bf16", "f16") or not x.type.shape or x.type.shape != op.out.type.shape:
+        return stage.copied(op, out)
+    if y.type.shape == x.type.shape:
+        return [f"epilogue({_flat(stage, x)}, rows({out}), residual={_flat(stage, y)})"]
+    if _is_row(y, x):
+        return [f"epilogue({_flat(stage, x)}, rows({out}), bias={_row(stage, y)})"]
+    return stage.copied(op, out)
+
+
+def _is_row(y: Value, x: Value) -> bool:
+    return y.type.shape[-1:] == x.type.shape[-1:] and y.type.size == x.type.shape[-1]
+
+
+def _normed(stage: Stage, op: Op, out: str, more: str = "") -> str:
+    params = [f"{n}={_row(stage, v)}" for n, v in zip(("scale", "shift"), op.inputs[1:], strict=False)]
+    params += [more] if more else []
+    name = op.name.removeprefix("fused.")
+    return f"{name}({_flat(stage, op.inputs[0])}, {', '.join([f'rows({out})', repr(op.attrs['eps']), *params])})"
+
+
 def _norm(stage: Stage, op: Op, out: str) -> list[str]:
-    params = [f"{n}={stage.name(v)}" for n, v in zip(("scale", "shift"), op.inputs[1:], strict=False)]
-    return [f"{op.name}({_flat(stage, op.inputs[0])}, {', '.join([f'rows({out})', repr(op.attrs['eps']), *params])})"]
+    return [_normed(stage, op, out)]
 
 
 def _modulated_norm(stage: Stage, op: Op, out: str) -> list[str]:
     x, scale, shift = op.inputs
-    vectors = f"{stage.name(scale)}.view(-1), {stage.name(shift)}.view(-1)"
+    vectors = f"{_row(stage, scale)}, {_row(stage, shift)}"
     return [f"modulated_norm({_flat(stage, x)}, rows({out}), {vectors}, {op.attrs['eps']!r})"]
 
 
@@ -126,21 +276,37 @@ def _rope(stage: Stage, op: Op, out: str) -> list[str]:
     b = x.type.shape[0]
     if len(x.type.shape) != 4 or cosine.type.shape[0] not in (1, b):
         return stage.copied(op, out)
-    lines = []
-    for i in range(b):
-        angles = ", ".join(f"{stage.name(t)}[{i if t.type.shape[0] > 1 else 0}]" for t in (cosine, sine))
-        lines.append(f"rope({stage.name(x)}[{i}], {angles}, {out}[{i}])")
-    return lines
+    angles = [
+        ", ".join(f"{stage.name(t)}[{i if t.type.shape[0] > 1 else 0}]" for t in (cosine, sine)) for i in range(b)
+    ]
+    if op in stage.rotated:
+        qkv, keys, values = stage.rotated[op]
+        shape = keys.type.shape[1:]
+        return [
+            f"rope_and_cache({stage.name(qkv)}[{i}], {angles[i]}, {out}[{i}], {stage.name(keys)}[{i}], "
+            f"{stage.name(values)}[{i}].view{shape})"
+            for i in range(b)
+        ]
+    return [f"rope({stage.name(x)}[{i}], {angles[i]}, {out}[{i}])" for i in range(b)]
 
 
 def _glu(stage: Stage, op: Op, out: str) -> list[str]:
     return [f"glu({_flat(stage, op.inputs[0])}, rows({out}), {op.attrs['kind']!r})"]
 
 
+def _gather(stage: Stage, op: Op, out: str) -> list[str]:
+    table, index = op.inputs
+    plain = len(table.type.shape) == 2 and op.attrs["axis"] == 0 and table.type.dtype in ("f32", "bf16", "f16")
+    if not plain or index.type.dtype not in ("i32", "i64"):
+        return stage.copied(op, out)
+    return [f"embed({stage.name(table)}, {stage.name(index)}.reshape(-1), rows({out}))"]
+
+
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(STREAMED, _skinny),
-    "fused.rotated_attention_segments": _decode_attention,
+    **dict.fromkeys(STREAMED, _streamed),
+    "fused.rotated_attention_segments": _segments,
     "fused.modulated_norm": _modulated_norm,
+    "fused.matmul_glu": _matmul_glu,
     "fused.glu": _glu,
     "fused.linear": _linear,
     "fused.linear_act": _linear_act,
@@ -148,7 +314,10 @@ RULES: dict[str, Rule] = {
     "fused.matmul_residual": _matmul_residual,
     "fused.matmul_gated_residual": _matmul_gated_residual,
     "act": _act,
+    "add": _add,
     "attention": _attention,
+    "cast": _cast,
+    "gather": _gather,
     "matmul": _product,
     "rms_norm": _norm,
     "layer_norm": _norm,

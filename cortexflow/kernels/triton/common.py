@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -10,10 +11,16 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
+OVERLAP: ContextVar[bool] = ContextVar("overlap", default=True)  # false: the kernels launched here wait their turn
+
+
+def overlaps() -> bool:
+    """Whether a kernel may be launched before the one ahead of it has ended, and the card can (Hopper and later)."""
+    return OVERLAP.get() and _launches_early()
+
 
 @cache
-def overlaps() -> bool:
-    """Whether the card launches a kernel before the one ahead of it has ended (Hopper and later)."""
+def _launches_early() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 

@@ -11,43 +11,70 @@ from cortexflow.kernels.triton.common import activate, let_next_start, overlaps,
 
 @triton.jit
 def norm_kernel(
-    x, out, scale, shift, x_row, out_row, eps,
-    K: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+    x, out, scale, shift, bias, x_row, out_row, eps, M,
+    K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One row: (x - mean?) / sqrt(mean square + eps) · scale + shift, in float32, rounded once."""
+    """ROWS rows: (x - mean?) / sqrt(mean square + eps) · scale + shift, in float32, rounded once; x += bias before."""
     let_next_start()
     wait_for_previous()
-    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    there = k < K
-    v = tl.load(x + row * x_row + k, mask=there, other=0.0).to(tl.float32)
-    if CENTRED:
-        v = tl.where(there, v - tl.sum(v) / K, 0.0)
-    v = v * tl.rsqrt(tl.sum(v * v) / K + eps)
-    if SCALED:
-        v = v * tl.load(scale + k, mask=there, other=0.0).to(tl.float32)
+    row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    inside = k < K
+    there = (row < M)[:, None] & inside[None, :]
+    row = row.to(tl.int64)[:, None]
+    v = tl.load(x + row * x_row + k[None, :], mask=there, other=0.0).to(tl.float32)
+    if BIAS:
+        sums = (v + tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]).to(x.dtype.element_ty)
+        tl.store(x + row * x_row + k[None, :], sums, mask=there)
+        v = sums.to(tl.float32)
+    if SCALED:  # fetched beside the row, not after its sums
+        factor = tl.load(scale + k, mask=inside, other=0.0)
     if SHIFTED:
-        v = v + tl.load(shift + k, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + row * out_row + k, v.to(out.dtype.element_ty), mask=there)
+        term = tl.load(shift + k, mask=inside, other=0.0)
+    if CENTRED:
+        v = tl.where(inside[None, :], v - (tl.sum(v, axis=1) / K)[:, None], 0.0)
+    v = v * tl.rsqrt(tl.sum(v * v, axis=1) / K + eps)[:, None]
+    if SCALED:
+        v = v * factor.to(tl.float32)[None, :]
+    if SHIFTED:
+        v = v + term.to(tl.float32)[None, :]
+    tl.store(out + row * out_row + k[None, :], v.to(out.dtype.element_ty), mask=there)
 
 
-def _norm(x: Tensor, out: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, centred: bool) -> None:
+def norm_config(k: int) -> tuple[int, int]:
+    """Rows and warps of a program that norms rows of k entries."""
+    return (2, 4) if 1152 < k <= 2048 else (1, 8)
+
+
+def _norm(
+    x: Tensor, out: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, centred: bool,
+    config: tuple[int, int] | None = None, bias: Tensor | None = None,
+) -> None:  # fmt: skip
     m, k = x.shape
-    block = triton.next_power_of_2(k)
-    norm_kernel[(m,)](
-        x, out, x if scale is None else scale, x if shift is None else shift, x.stride(0), out.stride(0), eps,
-        K=k, BLOCK=block, CENTRED=centred, SCALED=scale is not None, SHIFTED=shift is not None,
-        num_warps=4 if block <= 2048 else 8, launch_pdl=overlaps(),
+    rows, warps = config or norm_config(k)
+    norm_kernel[(triton.cdiv(m, rows),)](
+        x, out, x if scale is None else scale, x if shift is None else shift, x if bias is None else bias,
+        x.stride(0), out.stride(0), eps, m,
+        K=k, ROWS=rows, BLOCK=triton.next_power_of_2(k), CENTRED=centred, SCALED=scale is not None,
+        SHIFTED=shift is not None, BIAS=bias is not None, num_warps=warps, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
-def rms_norm(x: Tensor, out: Tensor, eps: float, scale: Tensor | None = None) -> None:
-    """out [m, k] = x / sqrt(mean(x²) + eps), times a scale [k] where given."""
-    _norm(x, out, eps, scale, None, centred=False)
+def rms_norm(x: Tensor, out: Tensor, eps: float, scale: Tensor | None = None, bias: Tensor | None = None) -> None:
+    """out [m, k] = x / sqrt(mean(x²) + eps), times a scale [k] where given; x += bias [k] before, where given."""
+    _norm(x, out, eps, scale, None, centred=False, bias=bias)
 
 
-def layer_norm(x: Tensor, out: Tensor, eps: float, scale: Tensor | None = None, shift: Tensor | None = None) -> None:
-    """out [m, k] = (x - mean) / sqrt(variance + eps), then scale and shift [k] where given."""
-    _norm(x, out, eps, scale, shift, centred=True)
+def layer_norm(
+    x: Tensor,
+    out: Tensor,
+    eps: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """out [m, k] = (x - mean) / sqrt(variance + eps), then scale and shift [k]; x += bias [k] before, where given."""
+    _norm(x, out, eps, scale, shift, centred=True, bias=bias)
 
 
 def modulated_norm(x: Tensor, out: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
@@ -67,42 +94,105 @@ def glu_kernel(h, out, h_row, out_row, WIDTH, KIND: tl.constexpr, BLOCK: tl.cons
     tl.store(out + row * out_row + k, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=there)
 
 
-def glu(h: Tensor, out: Tensor, act: str) -> None:
-    """out [m, w] = act(h[:, :w]) · h[:, w:], h [m, 2 w]."""
+def glu(h: Tensor, out: Tensor, act: str, config: tuple[int, int] | None = None) -> None:
+    """out [m, w] = act(h[:, :w]) · h[:, w:], h [m, 2 w]. `config`: (entries of a program, warps)."""
     m, width = out.shape
-    block = min(2048, triton.next_power_of_2(width))
+    most, warps = config or (2048, 4)
+    block = min(most, triton.next_power_of_2(width))
     glu_kernel[(m, triton.cdiv(width, block))](
-        h, out, h.stride(0), out.stride(0), width, KIND=act, BLOCK=block, num_warps=4, launch_pdl=overlaps()
+        h, out, h.stride(0), out.stride(0), width, KIND=act, BLOCK=block, num_warps=warps, launch_pdl=overlaps()
     )
 
 
 @triton.jit
+def _halves(x, x_head, HEADS: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr):
+    """Both halves of one token's heads, in float32."""
+    head, d = tl.arange(0, MANY), tl.arange(0, BLOCK)
+    there = (head < HEADS)[:, None] & (d < HALF)[None, :]
+    line = x + head[:, None] * x_head + d[None, :]
+    first = tl.load(line, mask=there, other=0.0).to(tl.float32)
+    return first, tl.load(line + HALF, mask=there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _turn(
+    first, second, c, s, out, out_head,
+    HEADS: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The halves, rotated by the token's angles, to where the heads go."""
+    head, d = tl.arange(0, MANY), tl.arange(0, BLOCK)
+    there = (head < HEADS)[:, None] & (d < HALF)[None, :]
+    line = out + head[:, None] * out_head + d[None, :]
+    tl.store(line, (first * c[None, :] - second * s[None, :]).to(out.dtype.element_ty), mask=there)
+    tl.store(line + HALF, (second * c[None, :] + first * s[None, :]).to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def rope_kernel(
-    x, cosine, sine, out, x_token, x_head, out_token,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    x, cosine, sine, out, x_token, x_head, out_token, out_head,
+    HEADS: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token: the halves of every head, rotated by the token's angles."""
     let_next_start()
     wait_for_previous()
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    there = d < HALF
-    c = tl.load(cosine + token * HALF + d, mask=there, other=0.0)
-    s = tl.load(sine + token * HALF + d, mask=there, other=0.0)
-    for head in tl.static_range(HEADS):
-        line = x + token * x_token + head * x_head + d
-        first = tl.load(line, mask=there, other=0.0).to(tl.float32)
-        second = tl.load(line + HALF, mask=there, other=0.0).to(tl.float32)
-        target = out + token * out_token + head * 2 * HALF + d
-        tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=there)
-        tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=there)
+    first, second = _halves(x + token * x_token, x_head, HEADS, HALF, MANY, BLOCK)
+    c = tl.load(cosine + token * HALF + d, mask=d < HALF, other=0.0)
+    s = tl.load(sine + token * HALF + d, mask=d < HALF, other=0.0)
+    _turn(first, second, c, s, out + token * out_token, out_head, HEADS, HALF, MANY, BLOCK)
 
 
 def rope(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> None:
     """out [t, heads, d] = x rotated; x may be a slice of a wider buffer; angles f32 [t, d / 2], dense."""
     tokens, heads, d = x.shape
     rope_kernel[(tokens,)](
-        x, cosine, sine, out, x.stride(0), x.stride(1), out.stride(0),
-        HEADS=heads, HALF=d // 2, BLOCK=triton.next_power_of_2(d // 2), num_warps=2, launch_pdl=overlaps(),
+        x, cosine, sine, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), HEADS=heads, HALF=d // 2,
+        MANY=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(d // 2), num_warps=2, launch_pdl=overlaps(),
+    )  # fmt: skip
+
+
+@triton.jit
+def rope_and_cache_kernel(
+    qkv, cosine, sine, q_out, k_out, v_out, row, q_token, q_head, k_token, k_head, v_token, v_head,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
+    MANY: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: its keys rotated and its values moved into the cache; ROTATED: its queries rotated as well."""
+    let_next_start()
+    wait_for_previous()
+    D: tl.constexpr = 2 * HALF
+    token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    head, full = tl.arange(0, FEW), tl.arange(0, 2 * BLOCK)
+    there = (head < GROUPS)[:, None] & (full < D)[None, :]
+    qkv += token * row  # everything is fetched before anything is stored: stores may alias, loads would wait for them
+    k1, k2 = _halves(qkv + HEADS * D, D, GROUPS, HALF, FEW, BLOCK)
+    v = tl.load(qkv + (HEADS + GROUPS) * D + head[:, None] * D + full[None, :], mask=there, other=0.0)
+    c = tl.load(cosine + token * HALF + d, mask=d < HALF, other=0.0)
+    s = tl.load(sine + token * HALF + d, mask=d < HALF, other=0.0)
+    if ROTATED:
+        q1, q2 = _halves(qkv, D, HEADS, HALF, MANY, BLOCK)
+    tl.store(v_out + token * v_token + head[:, None] * v_head + full[None, :], v, mask=there)
+    _turn(k1, k2, c, s, k_out + token * k_token, k_head, GROUPS, HALF, FEW, BLOCK)
+    if ROTATED:
+        _turn(q1, q2, c, s, q_out + token * q_token, q_head, HEADS, HALF, MANY, BLOCK)
+
+
+def rope_and_cache(
+    qkv: Tensor, cosine: Tensor, sine: Tensor, q_out: Tensor | None, k_out: Tensor, v_out: Tensor
+) -> None:
+    """Rotate the keys of qkv [t, (heads + 2 groups) · d] into k_out, copy its values into v_out, [t, groups, d] each.
+
+    The queries are rotated into q_out [t, heads, d], which may be their place in qkv, or left alone. Rows are strided
+    and heads dense in qkv; both are strided in the outputs. Angles f32 [t, d / 2], dense.
+    """
+    tokens, groups, d = k_out.shape
+    heads = qkv.shape[1] // d - 2 * groups
+    q = qkv.unflatten(1, (-1, d)) if q_out is None else q_out
+    rope_and_cache_kernel[(tokens,)](
+        qkv, cosine, sine, q, k_out, v_out, qkv.stride(0), q.stride(0), q.stride(1), k_out.stride(0), k_out.stride(1),
+        v_out.stride(0), v_out.stride(1), HEADS=heads, GROUPS=groups, HALF=d // 2, ROTATED=q_out is not None,
+        MANY=triton.next_power_of_2(heads), FEW=triton.next_power_of_2(groups), BLOCK=triton.next_power_of_2(d // 2),
+        num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
 
 

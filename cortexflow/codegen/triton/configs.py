@@ -1,0 +1,139 @@
+"""Which variant of a kernel a launch runs: what was measured on the card (`tuning`), else the kernel's own default."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cortexflow.codegen.triton.tuning import choose, timed
+from cortexflow.ir.core import Op
+from cortexflow.ir.dtypes import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from cortexflow.codegen.triton.program import Stage
+
+LIBRARY: tuple[int, ...] = ()  # in place of a config: PyTorch's product, with its epilogue behind
+
+
+def streamed(stage: Stage, op: Op, n: int, k: int, glu: bool, norm: bool) -> Any:
+    """Of `kernels/gluon/streaming.py`; its best depends on the neighbours in the chain, so it is not tuned alone."""
+    from cortexflow.kernels.gluon.streaming import default
+
+    return default(n, k, glu, norm)
+
+
+def warped(stage: Stage, op: Op, n: int, k: int, glu: bool) -> Any:
+    """Of `kernels/gluon/warpgroup.py`; as for `streamed`."""
+    from cortexflow.kernels.gluon.warpgroup import default
+
+    return default(n, k, glu)
+
+
+def segmented(stage: Stage, op: Op) -> Any:
+    """Of `kernels/triton/segment_attention.py`; as for `streamed`."""
+    from cortexflow.kernels.triton.segment_attention import default
+
+    _, m, heads, d = op.inputs[0].type.shape
+    return default(m, heads, d, op.inputs[1].type.shape[1])
+
+
+def multiplying(stage: Stage, op: Op, m: int, n: int, k: int, what: str) -> Any:
+    """Of `kernels/triton/product.py` for x [m, k] @ w [k, n]; None for the library.
+
+    `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, which the library has
+    not.
+    """
+    from cortexflow.kernels.triton import product
+
+    unit, dtype = what == "pairs", op.out.type.dtype
+    if not unit and ("epilogues" in stage.program.without or dtype not in ("bf16", "f16") or m < 64):
+        return None
+    offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=6)
+    if unit:
+        default: Any = product.default(m, n, k, True, _shared_bytes())
+    else:
+        default, offered = LIBRARY, [LIBRARY, *offered]
+    measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what) if stage.program.tune else None
+    found = choose("product", (dtype, m, n, k, what), offered, default, measure)
+    return product.Config(*found) if found else None
+
+
+def attending(stage: Stage, op: Op) -> Any:
+    """Of `kernels/triton/prefill_attention.py`; None for its default."""
+    from cortexflow.kernels.triton import prefill_attention as kernel
+
+    if not torch.cuda.is_available():
+        return None
+    (b, m, heads, d), (_, n, groups, _) = op.inputs[0].type.shape, op.inputs[1].type.shape
+    pairs, dtype = len(op.inputs) > 3 and op.inputs[3].type.shape[1] > 1, op.out.type.dtype
+    on = kernel.card()
+    default = kernel.default(d, dtype == "f32", pairs, on)
+    if dtype not in ("bf16", "f16") or pairs:
+        return default
+    offered = kernel.candidates(m, n, heads // groups, d, on)
+    key = (dtype, b, m, n, heads, groups, d, len(op.inputs) > 3)
+    measure = _measure_attention(offered, TORCH_DTYPES[dtype], *key[1:]) if stage.program.tune else None
+    return kernel.Config(*choose("attention", key, offered, default, measure))
+
+
+def _shared_bytes() -> int:
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    return int(torch.cuda.get_device_properties().shared_memory_per_block_optin)
+
+
+def _random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def _measure_product(
+    offered: Sequence[Any], dtype: torch.dtype, m: int, n: int, k: int, what: str
+) -> Callable[[Any], float]:
+    """Microseconds of a product with its epilogue, over weights that the cache does not hold from call to call."""
+    from cortexflow.kernels.triton import product
+    from cortexflow.kernels.triton.rows import epilogue
+
+    wide = 2 * n if what == "pairs" else n
+    copies = max(2, min(8, (200 << 20) // (k * wide * 2)))
+    x, out, bias, r = (_random(*s, dtype=dtype) for s in ((m, k), (m, n), (n,), (m, n)))
+    scratch = torch.empty(1 << 23, device="cuda")
+    ws = itertools.cycle([_random(k, wide, dtype=dtype) * k**-0.5 for _ in range(copies)])
+    ends: dict[str, Any] = {"bias": bias} if "linear" in what else {}
+    ends |= {"residual": r} if "residual" in what else {}
+    ends |= {"act": "gelu_tanh"} if what in ("linear_act", "pairs") else {}
+
+    def launch(config: Any) -> None:
+        w = next(ws)
+        if config != LIBRARY:
+            product.product(x, w, out, **ends, pairs=what == "pairs", scratch=scratch, config=product.Config(*config))
+        elif what == "linear_act":
+            torch._addmm_activation(bias, x, w, use_gelu=True, out=out)
+        elif "residual" in ends:
+            torch.addmm(r, x, w, out=out)
+            if "bias" in ends:
+                epilogue(out, out, bias=bias)
+        elif "bias" in ends:
+            torch.addmm(bias, x, w, out=out)
+        else:
+            torch.mm(x, w, out=out)
+
+    return timed(launch, offered)
+
+
+def _measure_attention(
+    offered: Sequence[Any], dtype: torch.dtype, b: int, m: int, n: int, heads: int, groups: int, d: int, masked: bool
+) -> Callable[[Any], float]:
+    from cortexflow.kernels.triton.prefill_attention import Config, attention
+
+    q, k, v, out = (_random(b, s, h, d, dtype=dtype) for s, h in ((m, heads), (n, groups), (n, groups), (m, heads)))
+    mask = torch.ones(b, 1, n, dtype=torch.bool, device="cuda") if masked else None
+    scratch = torch.empty(1 << 22, device="cuda"), torch.zeros(8192, dtype=torch.int32, device="cuda")
+
+    def launch(config: Any) -> None:
+        attention(q, k, v, out, d**-0.5, mask, Config(*config), scratch)
+
+    return timed(launch, offered)

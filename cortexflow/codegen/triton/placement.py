@@ -1,0 +1,122 @@
+"""Where things live: a weight once, in the form that the plan reads; large lookup tables and inputs by way of the host.
+
+A table of which only rows are read, picked at run time, stays in pinned host memory. Inputs pass through pinned
+buffers, so that their copies neither wait for the card nor make it wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from cortexflow.errors import InputError
+from cortexflow.ir.core import Module, Op, Type
+from cortexflow.ir.dtypes import TORCH_DTYPES
+
+HOST_BYTES = 64 << 20  # a larger table read by rows alone stays on the host
+ALIGNMENT = 256  # bytes
+
+Forms = Mapping[str, dict[str, Tensor]]  # by key and form: a weight, where it is placed already
+
+
+def _interleaved(made: Tensor, w: Tensor) -> None:
+    """Rows of columns, with k in the order in which `kernels/gluon/warpgroup.py` loads its other operand."""
+    k, n = w.shape
+    made.view(n, k // 32, 2, 2, 4, 2).copy_(w.view(k // 32, 4, 2, 2, 2, n).permute(5, 0, 2, 3, 1, 4))
+
+
+def _pairs(made: Tensor, w: Tensor) -> None:
+    """The columns of both halves in turn: a gated unit's gate and up beside each other."""
+    k, n = w.shape
+    made.view(k, n // 2, 2).copy_(w.view(k, 2, n // 2).transpose(1, 2))
+
+
+# How a weight [k, n] may be stored: whether as [n, k], and what fills the place.
+FORMS: Mapping[str, tuple[bool, Callable[[Tensor, Tensor], object]]] = {
+    "plain": (False, lambda made, w: made.copy_(w)),
+    "rows": (True, lambda made, w: made.copy_(w.t())),
+    "interleaved": (True, _interleaved),
+    "pairs": (False, _pairs),
+}
+
+
+def host_weights(module: Module) -> frozenset[str]:
+    """The weights that may stay on the host: large matrices of which stages read only rows, picked at run time."""
+    steps = {op.body.args[0] for f in module.stages for op in f.block.walk() if op.body}
+
+    def by_row(op: Op, i: int) -> bool:
+        return op.name == "gather" and i == 0 and op.attrs["axis"] == 0 and op.inputs[1] not in steps
+
+    found = {k for k, t in module.weight_types().items() if t.nbytes > HOST_BYTES and len(t.shape) == 2}
+    for op in (op for f in module.stages for op in f.block.walk()):
+        found -= {v.op.attrs["key"] for i, v in enumerate(op.inputs) if _is_weight(v.op) and not by_row(op, i)}  # type: ignore[union-attr]
+    return frozenset(found)
+
+
+def _is_weight(op: Op | None) -> bool:
+    return op is not None and op.name == "weight"
+
+
+def allot(
+    wanted: Mapping[tuple[str, str], str],
+    types: Mapping[str, Type],
+    device: torch.device,
+    host: Iterable[str] = (),
+    forms: Forms | None = None,
+) -> tuple[dict[str, Tensor], list[tuple[str, str, Tensor]]]:
+    """Room for weights: (tensors by the plan's name, (key, form, place) of those still empty).
+
+    `wanted`: (key, form) → name. Those on the device share one allocation. What `forms` holds is taken from
+    there, what is new is put there.
+    """
+    forms = forms if forms is not None else {k: {} for k in types}
+    new: dict[tuple[int, str], str] = {}  # by identity: weights that are made alike have one dictionary
+    for key, form in wanted:
+        if form not in forms[key]:
+            new.setdefault((id(forms[key]), form), key)
+    ends = list(accumulate(0 if k in host else -(-types[k].nbytes // ALIGNMENT) * ALIGNMENT for k in new.values()))
+    room = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, device=device)
+    empty = []
+    for ((_, form), key), begin in zip(new.items(), [0, *ends], strict=False):
+        t = types[key]
+        shape, dtype = t.shape[::-1] if FORMS[form][0] else t.shape, TORCH_DTYPES[t.dtype]
+        if key in host:
+            made = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+        else:
+            made = room[begin : begin + t.nbytes].view(dtype).view(shape)
+        forms[key][form] = made
+        empty.append((key, form, made))
+    return {name: forms[key][form] for (key, form), name in wanted.items()}, empty
+
+
+def fill(place: Tensor, form: str, w: Tensor) -> None:
+    """Bring a weight [k, n] to its place in a form."""
+    FORMS[form][1](place, w if form == "plain" else w.to(place.device))
+
+
+class Staging:
+    """Pinned buffers for inputs that the caller holds in host memory."""
+
+    def __init__(self, types: Mapping[str, Type], device: torch.device) -> None:
+        self.pinned: dict[str, Tensor] = {}
+        if device.type == "cuda":
+            self.sent = torch.cuda.Event()
+            for name, t in types.items():
+                self.pinned[name] = torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype], pin_memory=True)
+
+    def write(self, places: Iterable[tuple[str, Tensor]], inputs: Mapping[str, Tensor], what: str) -> None:
+        """Copy inputs to their places; returns before the card has them. Raises `InputError` for a missing one."""
+        if self.pinned:
+            self.sent.synchronize()  # the buffers may be on their way still
+        for name, place in places:
+            x = inputs.get(name)
+            if x is None:
+                raise InputError(f"{what}: missing input {name!r} {tuple(place.shape)}")
+            if name in self.pinned and not x.is_cuda:
+                x = self.pinned[name].copy_(x)
+            place.copy_(x, non_blocking=True)
+        if self.pinned:
+            self.sent.record()

@@ -1,0 +1,209 @@
+"""Products of up to 64 rows that stream their weights, by warpgroup instructions.
+
+Like `streaming`, a kernel fetches its weights before it waits for the one ahead of it, here to shared
+memory, where the matrix units read them in place. The rows go from global memory straight into the
+fragments of the other operand: a thread loads 8 neighbours along k, where the instruction wants pairs 8
+apart. The order of k within a product is free as long as both operands agree, so the weights are stored
+in the order in which such loads arrive, once, when they are prepared: within a block of 32, number
+16 i + 8 h + 2 t + e of a row is its entry 8 t + 4 i + 2 h + e (i, h, e < 2, t < 4).
+
+Where columns are few, k is split over programs: each writes its sums to a scratch, and `combine`, one
+program a row, adds them in their order, with gate, residual, and the norm that follows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from cortexflow.kernels.gluon.common import activate, let_next_start, wait_for_previous
+from cortexflow.kernels.triton.common import overlaps
+
+ROWS = 64  # of one warpgroup instruction
+
+
+class Config(NamedTuple):
+    """How a product is spread over programs.
+
+    Attributes:
+        columns: of a program (with a gated unit, as many of gate and of up).
+        split: parts of k in programs of their own.
+        chunk: of k, whose fragments are loaded at once while those before are multiplied.
+    """
+
+    columns: int
+    split: int
+    chunk: int
+
+
+def default(n: int, k: int, glu: bool) -> Config:
+    """A config for w [n, k] (gate alone, with a gated unit), as measured on an H100 in a chain of such kernels."""
+    if glu:
+        return Config(32, 1, 256)
+    if n >= 2048:
+        return Config(16, 1, 256)
+    split = max(s for s in (1, 2, 4, 8) if k % (256 * s) == 0)
+    return Config(64, split, 256 if k // split < 512 else 128)
+
+
+@gluon.jit
+def warpgroup_kernel(
+    x, w, out, M, x_row, out_row,
+    N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
+    GLU: gl.constexpr, ACT: gl.constexpr,
+):  # fmt: skip
+    """out = act(x @ w.T), or with SPLIT > 1 the sums of one part of k, float32, to out [SPLIT, 64, N]."""
+    let_next_start()
+    PART: gl.constexpr = K // SPLIT
+    CHUNKS: gl.constexpr = PART // CHUNK
+    dtype: gl.constexpr = w.dtype.element_ty
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    tile, part = gl.program_id(0) * COLUMNS, gl.program_id(1) * PART
+
+    at_rest: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    buffer = gl.allocate_shared_memory(dtype, [CHUNKS * (1 + GLU), COLUMNS, CHUNK], at_rest)
+    across: gl.constexpr = min(CHUNK // 8, 32)
+    copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    n = gl.arange(0, COLUMNS, gl.SliceLayout(1, copied))
+    k = gl.arange(0, CHUNK, gl.SliceLayout(0, copied))
+    place = w + (tile + n)[:, None] * K + part + k[None, :]
+    for c in gl.static_range(CHUNKS):
+        async_copy.async_copy_global_to_shared(buffer.index(c), place + c * CHUNK)
+        if GLU:
+            async_copy.async_copy_global_to_shared(buffer.index(CHUNKS + c), place + N * K + c * CHUNK)
+    async_copy.commit_group()
+
+    # A thread: 8 neighbours along k, of every block of 32, in rows 8 apart.
+    registers: gl.constexpr = [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32], [0, 64], [0, 128]]
+    loaded: gl.constexpr = gl.DistributedLinearLayout(
+        registers[: 4 + (CHUNK >= 64) + (CHUNK >= 128) + (CHUNK >= 256)],
+        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [64, CHUNK],
+    )
+    m = gl.arange(0, 64, gl.SliceLayout(1, loaded))
+    k = gl.arange(0, CHUNK, gl.SliceLayout(0, loaded))
+    mine = x + m[:, None] * x_row + part + k[None, :]
+    inside = (m < M)[:, None]
+    acc = gl.zeros([64, COLUMNS], gl.float32, mma)
+    up = acc
+
+    wait_for_previous()
+    a = gl.load(mine, mask=inside, other=0.0)
+    async_copy.wait_group(0)
+    fence_async_shared()
+    gl.thread_barrier()
+    for c in gl.static_range(CHUNKS):
+        b = a.reshape([64, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([64, CHUNK])
+        b = gl.convert_layout(b, left)
+        if c + 1 < CHUNKS:
+            a = gl.load(mine + (c + 1) * CHUNK, mask=inside, other=0.0)
+            gl.thread_barrier()  # keeps the compiler from moving these loads behind the products
+        acc = warpgroup_mma(b, buffer.index(c).permute([1, 0]), acc, is_async=True)
+        if GLU:
+            up = warpgroup_mma(b, buffer.index(CHUNKS + c).permute([1, 0]), up, is_async=True)
+            acc, up = warpgroup_mma_wait(0, [acc, up])
+        else:
+            acc = warpgroup_mma_wait(0, [acc])
+
+    m_o = gl.arange(0, 64, gl.SliceLayout(1, mma))
+    n_o = tile + gl.arange(0, COLUMNS, gl.SliceLayout(0, mma))
+    stored = (m_o < M)[:, None]
+    if SPLIT > 1:
+        gl.store(out + (gl.program_id(1) * 64 + m_o[:, None]) * N + n_o[None, :], acc, mask=stored)
+    else:
+        y = activate(acc, ACT)
+        if GLU:
+            y = y * up
+        gl.store(out + m_o[:, None] * out_row + n_o[None, :], y.to(out.dtype.element_ty), mask=stored)
+
+
+@gluon.jit
+def combine_kernel(
+    parts, out, residual, gate, normed, scale, shift, out_row, residual_row, normed_row, eps,
+    N: gl.constexpr, SPLIT: gl.constexpr, RESIDUAL: gl.constexpr, GATE: gl.constexpr,
+    NORM: gl.constexpr, SCALED: gl.constexpr, SHIFTED: gl.constexpr,
+):  # fmt: skip
+    """One row: out = residual + gate * the sum of the parts, in their order; normed = norm(out) * scale + shift."""
+    let_next_start()
+    WIDE: gl.constexpr = max(N // (32 * gl.num_warps()), 1)
+    line: gl.constexpr = gl.BlockedLayout([min(WIDE, 4)], [32], [gl.num_warps()], [0])
+    row, n = gl.program_id(0), gl.arange(0, N, line)
+    if GATE:
+        factor = gl.load(gate + n).to(gl.float32)
+    if SCALED:
+        after = gl.load(scale + n).to(gl.float32)
+    if SHIFTED:
+        offset = gl.load(shift + n).to(gl.float32)
+    wait_for_previous()
+    if RESIDUAL:
+        before = gl.load(residual + row * residual_row + n).to(gl.float32)
+    y = gl.load(parts + row * N + n)
+    for p in gl.static_range(1, SPLIT):
+        y += gl.load(parts + (p * 64 + row) * N + n)
+    if GATE:
+        y = y * factor
+    if RESIDUAL:
+        y += before
+    rounded = y.to(out.dtype.element_ty)
+    gl.store(out + row * out_row + n, rounded)
+    if NORM:
+        y = rounded.to(gl.float32)
+        y = y * gl.rsqrt(gl.sum(y * y, axis=0) / N + eps)
+        if SCALED:
+            y = y * after
+        if SHIFTED:
+            y += offset
+        gl.store(normed + row * normed_row + n, y.to(normed.dtype.element_ty))
+
+
+def warpgroup(x: Tensor, w: Tensor, out: Tensor, *, act: str = "none", glu: bool = False, config: Config) -> None:
+    """out [m, n] = act(x [m, k] @ w.T), w [n, k] in that order of k (with `glu` [2 n, k]: gate, then up rows).
+
+    m up to 64; bf16 or f16, sums in float32. Rows of x and out may be strided. With a split, out is the
+    scratch for `combine`: float32, at least split * 64 * n.
+    """
+    m, k = x.shape
+    n = w.shape[0] // (2 if glu else 1)
+    warpgroup_kernel[(n // config.columns, config.split)](
+        x, w, out, m, x.stride(0), out.stride(0),
+        N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, GLU=glu, ACT=act,
+        num_warps=4, launch_pdl=overlaps(),
+    )  # fmt: skip
+
+
+def combine(
+    parts: Tensor,
+    out: Tensor,
+    split: int,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    normed: Tensor | None = None,
+    eps: float = 0.0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> None:
+    """out [m, n] = residual + gate * the sum of the parts; normed [m, n] = rms_norm(out) * scale + shift.
+
+    n a power of two. `residual` may be `out`; gate, scale and shift are [n]; without `normed` no norm.
+    """
+    m, n = out.shape
+    some, more = out if residual is None else residual, out if normed is None else normed
+    combine_kernel[(m,)](
+        parts, out, some, out if gate is None else gate, more, out if scale is None else scale,
+        out if shift is None else shift, out.stride(0), some.stride(0), more.stride(0), eps,
+        N=n, SPLIT=split, RESIDUAL=residual is not None, GATE=gate is not None, NORM=normed is not None,
+        SCALED=scale is not None, SHIFTED=shift is not None, num_warps=8 if n >= 1024 else 4, launch_pdl=overlaps(),
+    )  # fmt: skip

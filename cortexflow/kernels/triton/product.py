@@ -1,0 +1,427 @@
+"""Products with many rows: tiles whose height is a sum of two powers of two, so that few rows are padding.
+
+A program holds `rows + more` rows of the result (128 + 64 pads 560 rows to 576, where tiles of 128 pad them to
+640); both pieces use the same block of the weight. Blocks arrive through tensor descriptors (TMA on Hopper) where
+rows start on multiples of 16 bytes, else through pointers. Where tiles are too few to fill the card, the inner
+extent is split: the parts go to float32 scratch, and a second kernel adds them in a fixed order.
+A norm before the product is a scale of its rows: rms(x) @ w = r · (x @ w), and for a layer norm
+r · (x @ w - mean · column sums of w); its weight belongs in w, its shift in the bias.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
+from cortexflow.kernels.triton.rows import layer_norm, rms_norm
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Config(NamedTuple):
+    """How a product is cut into tiles, and what a program of it gets."""
+
+    rows: int = 128
+    more: int = 0  # rows of a second, smaller piece of the tile
+    columns: int = 128
+    depth: int = 64  # of K, in one step
+    split: int = 1  # parts of K
+    warps: int = 8
+    stages: int = 4
+    resident: int = 0  # programs of a multiprocessor that take one tile after another; 0: a program a tile
+    swap: bool = False  # the transposed product: the weight's columns are the instruction's rows
+
+
+@triton.jit
+def _block(
+    source, row, column, rows, columns, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """A block of a matrix, zero outside of it; of a descriptor, or where rows are multiples of ALIGN entries."""
+    if ALIGN == 0:
+        return source.load([row, column])
+    else:
+        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        inside = (r < rows)[:, None] & (c < columns // ALIGN * ALIGN)[None, :]
+        start = source + r.to(tl.int64)[:, None] * (stride // ALIGN * ALIGN)
+        return tl.load(start + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _add(x, w, acc, SWAP: tl.constexpr, EXACT: tl.constexpr):
+    """acc + x @ w, or its transpose."""
+    if SWAP:
+        return tl.dot(tl.trans(w), tl.trans(x), acc, input_precision=EXACT)
+    else:
+        return tl.dot(x, w, acc, input_precision=EXACT)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
+    """An accumulator, or its transpose."""
+    if SWAP:
+        return tl.zeros((COLUMNS, ROWS), tl.float32)
+    else:
+        return tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def _normed(acc, rows, columns, there, scales, means, sums, M, NORM: tl.constexpr):
+    """The norm of the product's rows, folded."""
+    if NORM == "layer":
+        mean = tl.load(means + rows, mask=rows < M, other=0.0)
+        acc -= mean[:, None] * tl.load(sums + columns, mask=there, other=0.0)[None, :]
+    if NORM != "none":
+        acc *= tl.load(scales + rows, mask=rows < M, other=0.0)[:, None]
+    return acc
+
+
+@triton.jit
+def _activated(x, KIND: tl.constexpr):
+    """`activate`, with 1 / (1 + e) = rsqrt(1 + e)²: the division would be a third of a gated tile's epilogue."""
+    if KIND == "gelu_tanh":
+        y = x * (-2.302208198 - 0.1029432397 * x * x)  # -2 log2(e) sqrt(2 / pi) (x + 0.044715 x³)
+        r = tl.rsqrt(1.0 + tl.exp2(y))
+        return x * r * r
+    elif KIND == "silu":
+        r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950409))
+        return x * r * r
+    else:
+        return activate(x, KIND)
+
+
+@triton.jit
+def _finish(
+    acc, up, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, NORM: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Norm, bias, activation, unit, gate and residual, then the store; rounded once, and returned."""
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    there = columns < N
+    inside = (rows < M)[:, None] & there[None, :]
+    own, other = columns, N + columns  # where a column of the result and its factor stand in w
+    if GLU == "pairs":
+        own, other = 2 * columns, 2 * columns + 1
+    acc = _normed(acc, rows, own, there, scales, means, sums, M, NORM)
+    if BIAS:
+        acc += tl.load(bias + own, mask=there, other=0.0).to(tl.float32)[None, :]
+    acc = _activated(acc, ACT)
+    if GLU != "none":
+        up = _normed(up, rows, other, there, scales, means, sums, M, NORM)
+        if BIAS:
+            up += tl.load(bias + other, mask=there, other=0.0).to(tl.float32)[None, :]
+        acc *= up
+    if GATE:
+        acc *= tl.load(gate + columns, mask=there, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        place = residual + rows.to(tl.int64)[:, None] * residual_row + columns[None, :]
+        acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    place = out + rows.to(tl.int64)[:, None] * out_row + columns[None, :]
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(place, rounded, mask=inside)
+    return rounded
+
+
+@triton.jit
+def product_kernel(
+    x, x_more, w, out, parts, bias, residual, gate, scales, means, sums,
+    M, N, K, x_row, w_row, out_row, residual_row,
+    ROWS: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
+    EXACT: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """Tiles of ROWS + MORE rows and COLUMNS columns, one after another: whole, or one part of K in float32."""
+    let_next_start()
+    wait_for_previous()
+    down, across = tl.cdiv(M, ROWS + MORE), tl.cdiv(N, COLUMNS)
+    extent = tl.cdiv(tl.cdiv(K, DEPTH), SPLIT) * DEPTH
+    WIDE: tl.constexpr = 2 * COLUMNS if GLU == "pairs" else COLUMNS
+    width = N
+    if GLU != "none":
+        width = 2 * N
+    begin = tl.program_id(0)
+    end, step = begin + 1, 1
+    if FLAT:
+        end, step = down * across * SPLIT, tl.num_programs(0)
+    for unit in tl.range(begin, end, step, flatten=FLAT):
+        part, tile = unit % SPLIT, unit // SPLIT
+        first = tile // (GROUP * across) * GROUP  # tiles above each other are neighbours in time: they share w
+        height = min(down - first, GROUP)
+        place = tile % (GROUP * across)
+        row, column = (first + place % height) * (ROWS + MORE), place // height * COLUMNS
+
+        acc = _zeros(ROWS, WIDE, SWAP)
+        if MORE:
+            acc_more = _zeros(MORE, WIDE, SWAP)
+        if GLU == "halves":
+            up = _zeros(ROWS, COLUMNS, SWAP)
+            if MORE:
+                up_more = _zeros(MORE, COLUMNS, SWAP)
+        for k in tl.range(part * extent, min((part + 1) * extent, K), DEPTH):
+            b = _block(w, k, column * (WIDE // COLUMNS), K, width, w_row, DEPTH, WIDE, W_ALIGN)
+            a = _block(x, row, k, M, K, x_row, ROWS, DEPTH, X_ALIGN)
+            acc = _add(a, b, acc, SWAP, EXACT)
+            if MORE:
+                a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
+                acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
+            if GLU == "halves":
+                c = _block(w, k, N + column, K, width, w_row, DEPTH, COLUMNS, W_ALIGN)
+                up = _add(a, c, up, SWAP, EXACT)
+                if MORE:
+                    up_more = _add(a_more, c, up_more, SWAP, EXACT)
+
+        if GLU != "halves":
+            up = acc
+            if MORE:
+                up_more = acc_more
+        _store(acc, up, row, column, part, out, parts, bias, residual, gate, scales, means, sums, M, N, out_row,
+               residual_row, ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+        if MORE:
+            _store(acc_more, up_more, row + ROWS, column, part, out, parts, bias, residual, gate, scales, means, sums,
+                   M, N, out_row, residual_row, MORE, COLUMNS, SPLIT, SWAP, ACT, GLU, NORM, BIAS, RESIDUAL,
+                   GATE)  # fmt: skip
+
+
+@triton.jit
+def _store(
+    acc, up, row, column, part, out, parts, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, ACT: tl.constexpr,
+    GLU: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """One piece of a tile: finished, or as a part."""
+    if SWAP:
+        acc, up = tl.trans(acc), tl.trans(up)
+    if GLU == "pairs":
+        acc, up = tl.split(tl.reshape(acc, (ROWS, COLUMNS, 2)))
+    if SPLIT == 1 and RESIDUAL and GLU == "none" and ROWS * COLUMNS >= 32768:
+        HALF: tl.constexpr = COLUMNS // 2  # the residual of one half at a time: both would not fit the registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
+        _finish(left, left, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
+                ROWS, HALF, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+        _finish(right, right, row, column + HALF, out, bias, residual, gate, scales, means, sums, M, N, out_row,
+                residual_row, ROWS, HALF, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+    elif SPLIT == 1:
+        _finish(acc, up, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
+                ROWS, COLUMNS, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+    else:
+        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        place = parts + (rows + part * M).to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(place, acc, mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+@triton.jit
+def finish_kernel(
+    out, normed, parts, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row, normed_row, eps,
+    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, THEN: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """A piece of a row: the sum of the parts in their order, finished; a whole row where it is then normed too."""
+    let_next_start()
+    wait_for_previous()
+    row, column = tl.program_id(0), tl.program_id(1) * COLUMNS
+    columns = column + tl.arange(0, COLUMNS)[None, :]
+    there = columns < N
+    acc = tl.zeros((1, COLUMNS), tl.float32)
+    for part in tl.static_range(SPLIT):
+        acc += tl.load(parts + (row + part * M).to(tl.int64) * N + columns, mask=there, other=0.0)
+    v = _finish(acc, acc, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
+                1, COLUMNS, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+    if THEN != "none":
+        v = tl.where(there, v.to(tl.float32), 0.0)
+        if THEN == "layer":
+            v = tl.where(there, v - tl.sum(v, axis=1, keep_dims=True) / N, 0.0)
+        v *= tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / N + eps)
+        tl.store(normed + row.to(tl.int64) * normed_row + columns, v.to(normed.dtype.element_ty), mask=there)
+
+
+@cache
+def _card(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may have; without a card two and none."""
+    if device.type != "cuda":
+        return 2, 0
+    card = torch.cuda.get_device_properties(device)
+    return card.multi_processor_count, card.shared_memory_per_block_optin
+
+
+def _alignment(x: Tensor) -> int:
+    """Entries that rows are multiples of; 0 where they start on multiples of 16 bytes and the card has descriptors."""
+    size = x.element_size()
+    if overlaps() and x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0 and x.stride(0) >= x.shape[1]:
+        return 0
+    return math.gcd(16 // size, x.stride(0), x.shape[1], x.data_ptr() // size)
+
+
+def product(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    glu: bool = False,
+    pairs: bool = False,
+    row_scale: Tensor | None = None,
+    row_mean: Tensor | None = None,
+    column_sums: Tensor | None = None,
+    normed: Tensor | None = None,
+    eps: float = 0.0,
+    centred: bool = False,
+    scratch: Tensor | None = None,
+    config: Config | None = None,
+) -> None:
+    """out [m, n] = residual + gate · act(norm(x) [m, k] @ w [k, n] + bias); bias and gate [n].
+
+    With `glu`, w is [k, 2 n] (gate columns, then up columns; with `pairs` a gate column beside its up column; bias
+    likewise), and the activation becomes act(gate) · up. `row_scale` f32 [m] multiplies the rows of x @ w;
+    `row_mean` f32 [m] times `column_sums` f32 [n or 2 n] of w is taken from them before. Rows of x, out and residual
+    may be strided; w is row-major. `out` may be the residual itself. `normed` [m, n] becomes the RMS norm of out, or
+    its layer norm where `centred`; free of a pass of its own where k is split. `scratch`: float32, split · m · n
+    entries, where `config` splits k.
+    """
+    m, k = x.shape
+    n = out.shape[1]
+    multiprocessors, shared = _card(x.device)
+    c = config or default(m, n, k, glu or pairs, shared, x.element_size())
+    if x.stride(1) != 1 or w.stride(1) != 1:
+        raise ValueError("rows of x and w must be dense")
+    if (glu or pairs) and c.split > 1:
+        raise ValueError("a product with a gated unit is not split")
+    if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
+        raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
+    x_align, w_align = _alignment(x), _alignment(w)
+    given: list[Any] = [x, x, w]
+    if x_align == 0:
+        given[:2] = [TensorDescriptor.from_tensor(x, [rows or c.rows, c.depth]) for rows in (c.rows, c.more)]
+    if w_align == 0:
+        given[2] = TensorDescriptor.from_tensor(w, [c.depth, c.columns * (2 if pairs else 1)])
+    some = out  # a pointer that is never read
+    finish = [some if t is None else t for t in (bias, residual, gate, row_scale, row_mean, column_sums)]
+    strides = out.stride(0), 0 if residual is None else residual.stride(0)
+    norm = "none" if row_scale is None else "rms" if row_mean is None else "layer"
+    unit = "pairs" if pairs else "halves" if glu else "none"
+    flags = {
+        "ACT": act, "GLU": unit, "NORM": norm,
+        "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATE": gate is not None,
+    }  # fmt: skip
+    parts = some if c.split == 1 else scratch
+    units = triton.cdiv(m, c.rows + c.more) * triton.cdiv(n, c.columns) * c.split
+    programs = min(units, c.resident * multiprocessors) if c.resident else units
+    product_kernel[(programs,)](
+        *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
+        ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8, FLAT=c.resident > 0,
+        SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="ieee" if x.dtype == torch.float32 else "tf32", **flags,
+        num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
+    )  # fmt: skip
+    if c.split > 1:
+        block = triton.next_power_of_2(n) if normed is not None else min(512, triton.next_power_of_2(n))
+        finish_kernel[(m, triton.cdiv(n, block))](
+            out, some if normed is None else normed, parts, *finish, m, n, *strides,
+            0 if normed is None else normed.stride(0), eps, COLUMNS=block, SPLIT=c.split,
+            THEN="none" if normed is None else "layer" if centred else "rms", **flags,
+            num_warps=8 if block > 2048 else 4, launch_pdl=overlaps(),
+        )  # fmt: skip
+    elif normed is not None:
+        (layer_norm if centred else rms_norm)(out, normed, eps)
+
+
+@triton.jit
+def row_scales_kernel(
+    x, scales, means, x_row, eps, K: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr
+):  # fmt: skip
+    """One row: 1 / sqrt(mean square + eps), about its mean where that is asked for."""
+    let_next_start()
+    wait_for_previous()
+    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    there = k < K
+    v = tl.load(x + row * x_row + k, mask=there, other=0.0).to(tl.float32)
+    if CENTRED:
+        mean = tl.sum(v) / K
+        tl.store(means + row, mean)
+        v = tl.where(there, v - mean, 0.0)
+    tl.store(scales + row, tl.rsqrt(tl.sum(v * v) / K + eps))
+
+
+def row_scales(x: Tensor, scales: Tensor, eps: float, means: Tensor | None = None) -> None:
+    """scales f32 [m] = 1 / sqrt(mean(x²) + eps), x [m, k]; with `means` f32 [m], of x - mean, and the means."""
+    m, k = x.shape
+    block = triton.next_power_of_2(k)
+    row_scales_kernel[(m,)](
+        x, scales, scales if means is None else means, x.stride(0), eps,
+        K=k, BLOCK=block, CENTRED=means is not None, num_warps=4 if block <= 2048 else 8, launch_pdl=overlaps(),
+    )  # fmt: skip
+
+
+def default(m: int, n: int, k: int, glu: bool, shared_bytes: int, itemsize: int = 2) -> Config:
+    """A configuration that fits a card whose blocks may have so much shared memory (0: any card)."""
+    columns = 64 if glu or n <= 64 else 128
+    if itemsize > 2:
+        return Config(64, 0, columns // 2, 16, stages=3)
+    rows, warps = (64, 4) if m <= 64 or k < 1024 else (128, 8)
+    depth, stages = (64, 4) if shared_bytes > 200 * 1024 else (32, 4)
+    return Config(rows, 0, columns, depth, warps=warps, stages=stages)
+
+
+# Tiles that feed wgmma from shared memory and spill nothing; two programs of four warps share a multiprocessor.
+PLAIN = (
+    Config(128, 64, 128),
+    Config(128, 0, 128),
+    Config(128, 0, 128, warps=4, stages=3),
+    Config(128, 0, 256),
+    Config(256, 0, 128),
+    Config(128, 64, 64, warps=4, stages=3, swap=True),
+    Config(128, 16, 64, warps=4, swap=True),
+    Config(128, 16, 128, swap=True),
+    Config(256, 32, 128, swap=True),
+    Config(256, 16, 128, swap=True),
+    Config(64, 32, 64, warps=4, swap=True),
+    Config(128, 0, 64, warps=4, swap=True),
+    Config(64, 0, 64, warps=4),
+    Config(64, 0, 128, warps=4),
+)
+HALVES = (
+    Config(128, 64, 128),
+    Config(128, 64, 64, warps=4, stages=2, swap=True),
+    Config(256, 32, 64, swap=True),
+    Config(128, 16, 128, swap=True),
+    Config(128, 0, 128),
+)
+PAIRS = (
+    Config(128, 64, 128),
+    Config(128, 64, 64, warps=4, stages=2),
+    Config(128, 64, 64, depth=32, warps=4, stages=5),
+    Config(128, 0, 128),
+    Config(128, 0, 128, resident=1),
+    Config(128, 0, 64, warps=4, stages=3),
+    Config(64, 0, 128, depth=32, warps=4, stages=5),
+)
+_SPLITS = (1, 2, 3, 4, 5, 6, 8)
+
+
+def _clocks(c: Config, m: int, n: int, k: int, glu: bool) -> float:
+    """A rough count of clocks on an H100 (132 multiprocessors), to rank configurations before they are measured."""
+    tall, wide = c.rows + c.more, c.columns * (2 if glu else 1)
+    units = triton.cdiv(m, tall) * triton.cdiv(n, c.columns) * c.split
+    depth = triton.cdiv(triton.cdiv(k, c.depth), c.split) * c.depth
+    products, fetches = tall * wide * depth / 2048 / 0.85, (tall + wide) * depth * 2 / 40
+    turns = triton.cdiv(units, 132)
+    overhead = 3500 * (1 if c.warps == 4 else turns)
+    parts = 3000 + c.split * m * n * 8 / (132 * 30) if c.split > 1 else 0.0
+    return turns * max(products, fetches) + overhead + parts
+
+
+def candidates(m: int, n: int, k: int, glu: bool = False, pairs: bool = False, count: int = 8) -> list[Config]:
+    """Configurations worth measuring on Hopper, for 16-bit operands; the likeliest first."""
+    tiles = PAIRS if pairs else HALVES if glu else PLAIN
+    splits = (1,) if glu or pairs else [s for s in _SPLITS if s == 1 or k >= 256 * s]
+    every = [c._replace(split=s) for c in tiles for s in splits if c.resident == 0 or s == 1]
+    return sorted(every, key=lambda c: _clocks(c, m, n, k, glu or pairs))[:count]
