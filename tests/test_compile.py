@@ -18,11 +18,12 @@ import cortexflow
 from cortexflow import CheckpointError, ConfigError, InputError, TargetError
 from cortexflow.checkpoints import open_checkpoint
 from cortexflow.codegen import TARGETS, Target, register_target
-from cortexflow.compiler import DTYPES
+from cortexflow.compiler import DTYPES, lower, switches
 from cortexflow.ir import Module, Type, dump, function, named, ops, parse, returns, run_module
-from cortexflow.models import MODELS, ModelConfig, Signature, VLAModel, register_model
+from cortexflow.models import MODELS, ModelConfig, Signature, VLAModel, create_model, register_model
 from cortexflow.passes import PIPELINE
 from cortexflow.passes.pipeline import pipeline
+from cortexflow.weights import Weights
 from tests.checkpoints.test_realtime_vla import to_realtime_vla
 from tests.models.cases import DATA, Batch, batches, distance
 
@@ -292,6 +293,128 @@ def test_dumps_of_every_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
     assert files[-1].read_text() == compiled.source()
     assert files[0].read_text() == compiled.dump_ir("input")
+
+
+# ---- several prompt buckets ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def buckets() -> cortexflow.Compiled:
+    return cortexflow.compile(CASE, prompt=(12, 4, 7, 4), progress=False)
+
+
+def test_the_smallest_bucket_that_holds_the_prompt(buckets: cortexflow.Compiled, batch: Batch) -> None:
+    assert list(buckets.buckets) == [4, 7, 12] and buckets.buckets[12] is buckets
+    assert buckets.inputs["tokens"] == Type("i32", (1, 12))
+    for tokens, slots in ((1, 4), (4, 4), (5, 7), (7, 7), (8, 12), (12, 12)):
+        given = batch.inputs | {"tokens": batch.inputs["tokens"][:, :1].expand(1, tokens), "token_mask": None}
+        assert buckets.bucket(given) is buckets.buckets[slots]
+        assert buckets.bucket({"tokens": [3] * tokens}) is buckets.buckets[slots]
+        alone = cortexflow.compile(CASE, prompt=slots, progress=False)
+        assert torch.equal(actions(buckets, given), actions(alone, given))
+        wide = cortexflow.compile(CASE, prompt=12, progress=False)
+        assert distance(actions(buckets, given), actions(wide, given)) < 2e-5  # padding is seen by nobody
+    padded = {"tokens": torch.zeros(1, 12, dtype=torch.int32), "token_mask": torch.arange(12)[None] < 3}
+    assert buckets.bucket(padded) is buckets
+    with pytest.raises(InputError, match=r"expected at most 12 tokens, .* found 13; .*compile with prompt=13"):
+        buckets(**batch.inputs | {"tokens": [3] * 13, "token_mask": None})
+    with pytest.raises(InputError, match="missing input 'tokens'"):
+        buckets(**batch.inputs | {"tokens": None})
+    assert list(buckets.stage_times(1, **batch.inputs)) == [s.name for s in buckets.module.stages]
+
+
+def test_buckets_share_their_weights(buckets: cortexflow.Compiled, tmp_path: Path) -> None:
+    """Read once, prepared once, one tensor; what depends on the prompt's length is each bucket's own."""
+    model, weights = cortexflow.load_model(CASE)
+    reads: list[str] = []
+    counted = Weights(list(weights), lambda name: (reads.append(name), weights[name])[1])
+    found = cortexflow.compile(model, weights=counted, prompt=(4, 12), progress=False)
+    again = {name for name in reads if reads.count(name) > 1}
+    assert not again, again
+    held = [b.executable.policy.state_dict() for b in found.buckets.values()]  # type: ignore[attr-defined]
+    places = [{t.untyped_storage().data_ptr(): t.nbytes for t in h.values()} for h in held]
+    shared = sum(n for at, n in places[1].items() if at in places[0])
+    assert shared > 0.95 * sum(places[1].values())
+    assert found.weight_bytes == pytest.approx(sum((places[0] | places[1]).values()), rel=0.01)
+    report = found.memory_report().splitlines()
+    assert report[0] == f"weights: {found.weight_bytes:,} bytes" and report[1].startswith("prompts of 4: arena ")
+    assert {f.parent.name for f in buckets.save(tmp_path)} == {"prompt_4", "prompt_7", "prompt_12"}
+
+
+@pytest.mark.parametrize("prompt", [(), (4, 0), (4, -1), (4, 1.5), ("4", 5), (True, 4)])
+def test_buckets_that_are_none(prompt: Any) -> None:
+    with pytest.raises(ConfigError, match=r"prompt: expected"):
+        cortexflow.compile(CASE, prompt=prompt, progress=False)
+
+
+@pytest.mark.gpu
+def test_buckets_share_their_weights_on_a_gpu(buckets: cortexflow.Compiled, batch: Batch) -> None:
+    sizes = []
+    for prompt in (12, (4, 7, 12)):
+        before = torch.cuda.memory_allocated()
+        found = cortexflow.compile(CASE, device="cuda", prompt=prompt, progress=False)
+        sizes.append(torch.cuda.memory_allocated() - before)
+    assert sizes[1] < 1.1 * sizes[0]
+    assert distance(actions(found, batch.inputs).cpu(), actions(buckets, batch.inputs)) < ACTIONS
+
+
+# ---- optimisations switched off --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["pi05_tiny2", "pi0_tiny2"])
+def test_every_switch_leaves_the_meaning(case: str) -> None:
+    """Each alone, and all at once; here every fused op is claimed by nobody or by the target as it is."""
+    given = batches(DATA / case)[0]
+    names = [n for n in switches("torch") if not n.startswith("fuse.") or n in ("fuse.linear", "fuse.glu")]
+    for without in ((), *((n,) for n in names), tuple(switches("torch"))):
+        found = cortexflow.compile(DATA / case, without=without, progress=False)
+        assert distance(actions(found, given.inputs), given.outputs["actions"]) < ACTIONS, without
+        assert not {s.name for s in found.steps} & set(without)
+
+
+@pytest.mark.parametrize("name", [n for n in switches() if not n.startswith("fuse.")])
+def test_every_pass_can_be_left_out_for_onnx(name: str, batch: Batch) -> None:
+    found = cortexflow.compile(CASE, "onnx", without=(name,), progress=False)
+    assert distance(actions(found, batch.inputs), batch.outputs["actions"]) < ACTIONS
+
+
+@pytest.mark.parametrize("name", [n for n in switches() if n.startswith("fuse.")])
+def test_a_fused_op_can_be_left_out(name: str) -> None:
+    """Neither found by fusion nor made by the expansion of a larger one."""
+    config = ModelConfig(vision_num_layers=1, num_encoder_layers=2, num_decoder_layers=2, vocab_size=512)
+    module, _ = lower(create_model(config), dtype="bf16", target="triton", without=(name,))
+    assert not [op for f in module.stages for op in f.block.walk() if op.name == f"fused.{name[5:]}"]
+
+
+def test_switches_are_listed_and_reach_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(line and not line.startswith(" ") for line in switches("triton").values())
+    assert {"hoist", "merge", "fuse", "fuse.norm_glu"} <= switches().keys() == switches("torch").keys()
+    assert {"cuda_graph", "overlap", "merge"} <= switches("triton").keys() and "hoist" not in switches("triton")
+    with pytest.raises(ConfigError, match="unknown switch hoist; target 'triton': absorb"):
+        lower(graph()[0], target="triton", without=("hoist",))
+    with pytest.raises(
+        ConfigError, match=r"without: unknown switch overlap, speed; target 'torch': absorb, .*fuse\.glu"
+    ):
+        cortexflow.compile(CASE, without=("speed", "fuse", "overlap"), progress=False)
+    with pytest.raises(ConfigError, match="unknown switch speed; the passes: absorb"):
+        lower(graph()[0], without="speed")
+    with pytest.raises(ConfigError, match="tune=True: target 'torch' has no kernels of its own"):
+        cortexflow.compile(CASE, tune=True)
+    asked: list[Any] = []
+
+    class Switched(Interpreted):
+        def __init__(self, module: Module, weights: Mapping[str, Tensor], device: torch.device, **options: Any) -> None:
+            super().__init__(module, weights, device)
+            asked.append(options)
+
+    monkeypatch.setitem(TARGETS, "switched", "")
+    accepts = lambda op, without: "speed" not in without  # noqa: E731
+    claims, known = frozenset({"fused.glu"}), {"speed": "goes faster", "comfort": "softer"}
+    register_target(Target("switched", claims, Switched, accepts, switches=known, options=frozenset({"tune"})))
+    for without, fused in (("speed",), False), (("comfort",), True), (("fuse.glu",), False):
+        found = cortexflow.compile(CASE, "switched", without=without, tune=True, progress=False)
+        assert asked.pop() == {"without": known.keys() & set(without), "tune": True}
+        assert ("fused.glu" in found.dump_ir()) == fused
 
 
 # ---- families and targets of one's own ------------------------------------------------------------

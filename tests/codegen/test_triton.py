@@ -11,7 +11,7 @@ import cortexflow
 from cortexflow.codegen import find_target
 from cortexflow.compiler import lower
 from cortexflow.errors import TargetError
-from cortexflow.ir import Module, Type, function, ops, returns
+from cortexflow.ir import Module, Type, function, fused, ops, returns, run_module
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import random_weights
@@ -26,29 +26,203 @@ from cortexflow.codegen.triton.program import Program
 WIDE = ModelConfig(vision_num_layers=1, num_encoder_layers=2, num_decoder_layers=2, vocab_size=512, max_token_len=48)
 
 
-def plan_text(config: ModelConfig, dtype: str = "bf16", **signature: int) -> tuple[str, int]:
+def plan_text(
+    config: ModelConfig, dtype: str = "bf16", without: tuple[str, ...] = (), capability: int = 90, **signature: int
+) -> tuple[str, int]:
     """The launch plan and the bytes of its arena."""
-    module, _ = lower(create_model(config), Signature.of(config, **signature), dtype, target="triton")
+    module, _ = lower(create_model(config), Signature.of(config, **signature), dtype, target="triton", without=without)
     stages = Module({f.name: f for f in module.stages}, {}, module.meta)
     plan = plan_buffers(stages)
-    return Program(stages, plan).text(), plan.peak
+    return Program(stages, plan, frozenset(without), capability=capability).text(), plan.peak
 
 
-def test_the_decoder_is_five_launches_a_layer() -> None:
+def launches(text: str, stage: str, scope: str) -> list[str]:
+    """What the lines of one scope of a stage call, in their order."""
+    method = text[text.index(f"def {stage}(") :].split("return None", maxsplit=1)[0]
+    lines = [line.strip() for line in method.splitlines() if re.search(rf"# {re.escape(scope)}(\.|$)", line)]
+    return ["copy" if ".copy_(" in line else line.split("(")[0] for line in lines]
+
+
+LAYER_OF_FEW_ROWS = ["streaming.streaming", "segment_attention", *["streaming.streaming"] * 3]
+LAYER_OF_SOME_ROWS = ["warpgroup.warpgroup", "segment_attention", *["warpgroup.warpgroup", "warpgroup.combine"] * 2]
+LAYER_OF_SOME_ROWS.insert(4, "warpgroup.warpgroup")
+
+
+@pytest.mark.parametrize(
+    ("kind", "chunk", "layer"),
+    [(VLAModelType.PI05, 10, LAYER_OF_FEW_ROWS), (VLAModelType.PI0, 10, LAYER_OF_FEW_ROWS),
+     (VLAModelType.PI05, 50, LAYER_OF_SOME_ROWS), (VLAModelType.PI0, 50, LAYER_OF_SOME_ROWS)],
+)  # fmt: skip
+def test_a_decoder_layer_is_a_few_launches(kind: VLAModelType, chunk: int, layer: list[str]) -> None:
+    """Up to 16 rows: five. Up to 64: seven, since a split product is added up by another, which norms as well."""
+    text, _ = plan_text(ModelConfig(model_type=kind), prompt=48, chunk=chunk)
+    first = ["modulated_norm" if kind is VLAModelType.PI05 else "rms_norm"] if layer is LAYER_OF_SOME_ROWS else []
+    for i in range(18):
+        found = launches(text, "transformer_decoder", f"expert.layers.{i}")
+        assert found == [*([] if i else first), *layer], i
+
+
+def test_before_hopper_the_decoder_has_no_kernel_of_hoppers() -> None:
+    for capability in (80, 89):
+        text, _ = plan_text(ModelConfig(), prompt=48, capability=capability)
+        layer = launches(text, "transformer_decoder", "expert.layers.3")
+        assert layer == ["skinny", "segment_attention", "skinny", "skinny", "skinny"]
+    for capability in (80, 89, 100, 120):
+        text, _ = plan_text(ModelConfig(), prompt=48, chunk=50, capability=capability)
+        assert "warpgroup." not in text[text.index("class Policy") :]
+        assert not any(form == "interleaved" for form in re.findall(r"^    'w\d+\w?': \('.*', '(\w+)'\),$", text, re.M))
+
+
+def test_the_encoder_has_a_launch_for_every_product_and_norm_and_copies_nothing() -> None:
     text, _ = plan_text(ModelConfig(), prompt=48)
-    decoder = text[text.index("def transformer_decoder") :]
-    assert decoder.count("decode_attention(") == 18
-    assert len(re.findall(r"^ +skinny\(", decoder, re.M)) == 4 * 18
-    assert ".copy_(" not in "\n".join(line for line in decoder.splitlines() if "expert.layers" in line)
+    attention = ["rms_norm", "torch.mm", "rope_and_cache", "prefill_attention.attention", "torch.addmm"]
+    unit = ["rms_norm", "product.product", "torch.addmm"]
+    for i in range(17):
+        assert launches(text, "transformer_encoder", f"prefix.layers.{i}") == [*attention, *unit]
+    vision = ["torch.addmm", "prefill_attention.attention", "torch.addmm", "layer_norm"]
+    vision += ["torch._addmm_activation", "torch.addmm", "layer_norm"]
+    for i in range(1, 27):
+        assert launches(text, "vision_encoder", f"vision.layers.{i}") == vision
 
 
-def test_large_products_go_to_the_library_and_nothing_hot_is_copied() -> None:
-    text, _ = plan_text(ModelConfig(), prompt=48)
-    encoder = text[text.index("def transformer_encoder") : text.index("def transformer_decoder")]
-    hot = [line.strip() for line in encoder.splitlines() if "prefix.layers.3." in line]
-    kinds = ["copy" if ".copy_(" in line else line.split("(")[0] for line in hot]
-    attention = ["rms_norm", "torch.mm", "copy", "rope", "rope", "attention", "torch.addmm"]  # v moves into the cache
-    assert kinds == [*attention, "rms_norm", "torch.mm", "glu", "torch.addmm"]
+@pytest.mark.parametrize("switch", ["streaming", "epilogues", "joined"])
+def test_what_is_switched_off_is_not_launched(switch: str) -> None:
+    """The decoder and the encoder, each with the launches that stand in."""
+    text, _ = plan_text(ModelConfig(), prompt=48, without=(switch,))
+    decoder, encoder = (
+        launches(text, f"transformer_{stage}", f"{part}.layers.3")
+        for stage, part in (("decoder", "expert"), ("encoder", "prefix"))
+    )
+    if switch == "streaming":
+        assert not {"streaming.streaming", "warpgroup.warpgroup", "thin"} & {*decoder}
+        assert "thin(" not in text[text.index("class Policy") :]
+    else:
+        assert decoder == LAYER_OF_FEW_ROWS
+    assert ("product.product" in encoder) is (switch != "epilogues")
+    assert ("glu" in encoder) is (switch == "epilogues")
+    assert ("rope_and_cache" in encoder) is (switch != "joined")
+    if switch == "joined":  # the values' move is a copy, the rotations are two
+        assert encoder[:6] == ["rms_norm", "torch.mm", "copy", "rope", "rope", "prefill_attention.attention"]
+
+
+# ---- launched together ------------------------------------------------------------------------------
+
+QKV = Type("bf16", (1, 5, 8 * 16))  # six heads of queries, one of keys, one of values, 16 wide
+
+
+def rotations(change: str = "") -> Module:
+    """Queries and keys rotated, values moved, as a prefix does it; `change`: what is not as the kernel wants it."""
+    angles = Type("f32", (1, 5, 8))
+    with function("f", x=QKV, other=QKV, c=angles, s=angles, d=angles) as (f, [x, other, c, s, d]):
+        qkv, second = ops.neg(x), ops.neg(other)
+        heads = 5 if change == "columns left out" else 6
+        v = ops.slice_(second if change == "other values" else qkv, axis=-1, start=7 * 16)
+        q = ops.reshape(ops.slice_(qkv, axis=-1, stop=heads * 16), shape=(1, 5, heads, 16))
+        k = ops.reshape(ops.slice_(qkv, axis=-1, start=6 * 16, stop=7 * 16), shape=(1, 5, 1, 16))
+        q, k = ops.rope(q, c, s), ops.rope(k, d if change == "other angles" else c, s)
+        returns(q=q, k=k, v=v, second=second)
+    return Module({"f": f})
+
+
+def rotated(module: Module, without: frozenset[str] = frozenset()) -> list[str]:
+    text = Program(module, plan_buffers(module), without).text()
+    body = text[text.index("def f(self)") :]
+    return [line.split("(")[0].strip() for line in body.splitlines() if "rope" in line]
+
+
+def test_rotations_and_the_move_to_the_cache_are_one_launch() -> None:
+    assert rotated(rotations()) == ["rope_and_cache"]
+    assert rotated(rotations(), frozenset({"joined"})) == ["rope", "rope"]
+
+
+@pytest.mark.parametrize("change", ["other values", "other angles", "columns left out"])
+def test_rotations_that_do_not_belong_together_stay_apart(change: str) -> None:
+    assert rotated(rotations(change)) == ["rope", "rope"]
+
+
+def summed(read_by: str, without: frozenset[str] = frozenset()) -> tuple[Module, list[str]]:
+    """A residual sum of 50 rows and what is launched for it; `read_by`: what comes behind."""
+    rows = Type("bf16", (50, 1024))
+    with function("f", x=rows, r=rows) as (f, [x, r]):
+        y = fused.matmul_residual(r, x, ops.weight(key="w", type=Type("bf16", (1024, 1024))))
+        if read_by == "something between":
+            r = ops.exp(r)
+        normed = ops.neg(r) if read_by == "a norm of another" else y
+        n = ops.layer_norm(normed, eps=1e-6) if read_by == "another norm" else ops.rms_norm(normed, eps=1e-6)
+        returns(y=y, n=n, **({"r": r} if read_by == "something between" else {}))
+    module = Module({"f": f})
+    text = Program(module, plan_buffers(module), without).text()
+    return module, [line.strip() for line in text[text.index("def f(self)") :].splitlines()[1:-1]]
+
+
+def test_a_norm_comes_with_the_sum_that_it_reads() -> None:
+    _, lines = summed("a norm")
+    assert [line.split("(")[0] for line in lines] == ["warpgroup.warpgroup", "warpgroup.combine"]
+    assert "normed=" in lines[1] and "eps=1e-06" in lines[1]
+    _, lines = summed("a norm", frozenset({"joined"}))
+    assert [line.split("(")[0] for line in lines] == ["warpgroup.warpgroup", "warpgroup.combine", "rms_norm"]
+
+
+@pytest.mark.parametrize("read_by", ["another norm", "a norm of another", "something between"])
+def test_other_ops_behind_a_sum_are_launched_apart(read_by: str) -> None:
+    _, lines = summed(read_by)
+    combine = next(line for line in lines if line.startswith("warpgroup.combine"))
+    assert "normed=" not in combine
+    assert any(re.match("(rms|layer)_norm", line) for line in lines)
+
+
+def product_of(rows: int, k: int, n: int, what: str = "matmul_residual") -> list[str]:
+    """What is launched for one product; `what`: matmul, matmul_residual, or matmul_glu (n: outputs)."""
+    wide = 2 * n if what == "matmul_glu" else n
+    given = {"x": Type("bf16", (rows, k)), "r": Type("bf16", (rows, n))}
+    with function("f", **given) as (f, [x, r]):
+        w = ops.weight(key="w", type=Type("bf16", (k, wide)))
+        y = {
+            "matmul": lambda: ops.matmul(x, w),
+            "matmul_residual": lambda: fused.matmul_residual(r, x, w),
+            "matmul_glu": lambda: fused.matmul_glu(x, w, kind="silu", width=n),
+        }[what]()
+        returns(y=y, r=ops.neg(r))
+    module = Module({"f": f})
+    text = Program(module, plan_buffers(module)).text()
+    return [line.split("(")[0].strip() for line in text[text.index("def f(self)") :].splitlines()[1:-1]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "what", "kernel"),
+    [
+        (16, 2048, 1024, "matmul_residual", "streaming.streaming"),
+        (16, 8192, 1024, "matmul_residual", "streaming.streaming"),
+        (16, 16384, 1024, "matmul_residual", "torch.addmm"),  # a program's weights: more than shared memory holds
+        (16, 3072, 1024, "matmul_residual", "torch.addmm"),  # not a power of two
+        (17, 2048, 1024, "matmul_residual", "warpgroup.combine"),
+        (64, 2048, 1024, "matmul_residual", "warpgroup.combine"),
+        (65, 2048, 1024, "matmul_residual", "torch.addmm"),
+        (50, 2048, 1152, "matmul_residual", "torch.addmm"),  # sums are added up over rows of a power of two
+        (50, 2048, 1152, "matmul", "torch.mm"),
+        (50, 2048, 2304, "matmul", "warpgroup.warpgroup"),  # not split
+        (50, 1152, 2304, "matmul", "torch.mm"),  # k is not in whole chunks
+        (50, 1024, 4096, "matmul_glu", "warpgroup.warpgroup"),
+        (50, 32768, 4096, "matmul_glu", "product.product"),
+        (65, 1024, 4096, "matmul_glu", "product.product"),
+    ],
+)  # fmt: skip
+def test_a_product_goes_to_a_kernel_that_it_suits(rows: int, k: int, n: int, what: str, kernel: str) -> None:
+    assert kernel in product_of(rows, k, n, what)
+
+
+def test_a_norm_onto_what_the_sum_reads_is_launched_apart() -> None:
+    """The product's input may be overwritten only when all of the product is done."""
+    module, _ = summed("a norm")
+    plan = plan_buffers(module)
+    product = next(op for op in module.funcs["f"].block.ops if op.name == "fused.matmul_residual")
+    norm = next(op for op in module.funcs["f"].block.ops if op.name == "rms_norm")
+    program = Program(module, plan)
+    assert not program.overlap(norm.out, product.inputs[0])
+    plan.offsets[norm.out] = plan.offsets[product.inputs[0]]
+    assert program.overlap(norm.out, product.inputs[0])
+    lines = Program(module, plan).text()
+    assert "normed=" not in lines and "        rms_norm(" in lines
 
 
 @pytest.mark.parametrize("chunk", [10, 50])
@@ -83,6 +257,36 @@ def test_early_stop_is_refused() -> None:
     module = Module({"f": f})
     with pytest.raises(TargetError, match="cannot stop a loop early"):
         Program(module, plan_buffers(module)).text()
+
+
+def strided() -> Module:
+    """Ops of ours that read every second column, a column as a matrix, columns of a table, every second entry."""
+    with function("f", x=Type("f32", (4, 16)), y=Type("f32", (4, 1)), s=Type("f32", (1, 16))) as (f, [x, y, s]):
+        x, y, s = (ops.neg(v) for v in (x, y, s))
+        half = ops.slice_(x, axis=-1, step=2)
+        angles = ops.reshape(ops.slice_(x, axis=-1, start=5, stop=8), shape=(1, 4, 3))
+        turned = ops.rope(ops.slice_(ops.reshape(x, shape=(1, 4, 2, 8)), axis=-1, stop=6), angles, angles)
+        n = ops.add(ops.rms_norm(half, eps=1e-6), ops.broadcast_to(y, shape=(4, 8)))
+        n = ops.add(n, ops.slice_(s, axis=-1, step=2))
+        both = ops.concat(ops.reshape(half, shape=(1, 4, 8)), ops.reshape(n, shape=(1, 4, 8)), axis=1)
+        returns(n=n, both=both, turned=turned)
+    return Module({"f": f})
+
+
+def test_kernels_are_given_dense_rows() -> None:
+    """A kernel steps from entry to entry of a row by one: what the plan lays out otherwise is copied before."""
+    module = strided()
+    text = Program(module, plan_buffers(module)).text()
+    body = text[text.index("def f(self)") :]
+    scope: dict = {}
+    exec("import torch\n" + text[text.index("BUFFERS = {") : text.index("\nclass Policy")], scope)
+    read = [line for line in body.splitlines() if re.match(r" +(rms_norm|epilogue|rope)\(", line)]
+    assert len(read) == 6
+    for line in read:
+        for name, dense in re.findall(r"self\.(b\d+)(\.contiguous\(\))?", line):
+            assert dense or scope["BUFFERS"][name][3][-1] == 1, line
+    (rope,) = (line for line in read if "rope(" in line)
+    assert rope.count(".contiguous()") == 2, "angles are dense from row to row"
 
 
 # ---- on a GPU ---------------------------------------------------------------------------------------
@@ -132,3 +336,12 @@ def test_full_width(kind: VLAModelType, chunk: int) -> None:
         far, limit = (float((x - wanted).norm() / wanted.norm()) for x in (ours, theirs))
         assert far < 1.5 * limit and torch.cosine_similarity(ours.flatten(), wanted.flatten(), 0) > 0.999
         assert all(torch.equal(triton(**given).double(), ours) for _ in range(20))
+
+
+@pytest.mark.gpu
+def test_strided_values_on_a_gpu() -> None:
+    module, device = strided(), torch.device("cuda")
+    inputs = {n: torch.randn(t.shape) for n, t in module.inputs.items()}
+    wanted = run_module(module, inputs, {})
+    for name, found in build(module, {}, device).run(inputs).items():
+        torch.testing.assert_close(found.cpu(), wanted[name], rtol=1e-5, atol=1e-5)

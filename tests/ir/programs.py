@@ -603,6 +603,12 @@ def _norm_matmul(s: Source) -> Value:
     return fused.norm_matmul(p.x, p.w, eps=1e-6)
 
 
+@maker("fused.matmul_glu")
+def _matmul_glu(s: Source) -> Value:
+    p = _Product(s, even=True)
+    return fused.matmul_glu(p.x, p.w, kind=p.kind, width=p.n // 2)
+
+
 @maker("fused.norm_glu")
 def _norm_glu(s: Source) -> Value:
     p = _Product(s, even=True)

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from cortexflow.kernels.torch.functions import attention as reference_attention  # noqa: E402
-from cortexflow.kernels.triton import decode_attention, prefill_attention, rows, skinny  # noqa: E402
+from cortexflow.kernels.triton import prefill_attention, rows, skinny  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
@@ -140,41 +140,7 @@ def test_skinny_norm_and_gated_unit(dtype: torch.dtype, m: int) -> None:
     near(out, F.gelu(y[:, :512], approximate="tanh") * y[:, 512:])
 
 
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize(("m", "prefix"), [(10, 560), (1, 33), (16, 712), (7, 5)])
-@pytest.mark.parametrize("config", [(16, 64, 5, 4), (16, 64, 1, 4), (32, 32, 3, 4)])
-def test_decode_attention(dtype: torch.dtype, m: int, prefix: int, config: tuple[int, int, int, int]) -> None:
-    heads, d = 8, 256
-    wide = random(m, (heads + 2) * d, dtype=dtype)
-    q, k, v = wide[:, : heads * d].view(m, heads, d), wide[:, heads * d : -d].view(m, 1, d), wide[:, -d:].view(m, 1, d)
-    cached_k, cached_v = random(prefix, 1, d, dtype=dtype), random(prefix, 1, d, dtype=dtype)
-    angle = torch.rand(m, d // 2, device="cuda") * 700
-    mask = torch.rand(1, prefix + m, device="cuda") > 0.2
-    out = poisoned(m, heads, d, dtype=dtype)
-    scratch = torch.empty(1 << 22, device="cuda"), torch.zeros(64, dtype=torch.int32, device="cuda")
-    mask[:, prefix:] = True
-    decode_attention.decode_attention(
-        q, k, v, cached_k, cached_v, angle.cos(), angle.sin(), mask, out, d**-0.5, scratch, config
-    )
-    keys = torch.cat([cached_k.double(), turned(k, angle.cos(), angle.sin())])
-    values = torch.cat([cached_v.double(), v.double()])
-    rotated = turned(q, angle.cos(), angle.sin())
-    near(out, reference_attention(rotated[None], keys[None], values[None], mask[None], None, d**-0.5, False)[0])
-
-
-SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # a block's limit
-
-
-@pytest.mark.parametrize("arch", SHARED_BYTES)
-def test_compiles_without_a_card(arch: int) -> None:
-    """The prefill and row kernels fit every card's shared memory; machine code comes out."""
-    attention = {"SCALE": 0.0625, "GROUPS": 1, "PER": 8, "D": 256, "WIDE": 256, "ROWS": 64, "KEYS": 32}
-    attention |= {"MASKED": True, "EXACT": "tf32"}
-    norm = {"K": 2048, "BLOCK": 2048, "CENTRED": False, "SCALED": True, "SHIFTED": True}
-    stages = 3 if SHARED_BYTES[arch] > 100 * 1024 else 1
-    _compile(prefill_attention.attention_kernel, attention, arch, 4, stages, mask="*u8")
-    _compile(rows.norm_kernel, norm, arch, 4, 1, eps="fp32")
+SHARED_BYTES = 227 * 1024  # a block's limit on Hopper
 
 
 @pytest.mark.parametrize("warps", [4, 8])
@@ -199,4 +165,4 @@ def _compile(kernel, constants: dict, arch: int, warps: int, stages: int, **type
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
     )
     assert len(made.asm["cubin"]) > 1000
-    assert made.metadata.shared <= SHARED_BYTES[arch]
+    assert made.metadata.shared <= SHARED_BYTES

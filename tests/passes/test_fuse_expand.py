@@ -25,6 +25,7 @@ OPERANDS: dict[str, tuple[list[Type], dict]] = {
     "matmul_residual": ([R, X, W], {}),
     "matmul_gated_residual": ([R, X, W, GATE], {}),
     "glu": ([H], GLU),
+    "matmul_glu": ([X, W], GLU),
     "norm_matmul": ([X, W], EPS),
     "norm_glu": ([X, W], {**EPS, **GLU}),
     "modulated_norm": ([X, MOD, MOD], EPS),

@@ -30,17 +30,26 @@ def streams(op: Op, x: int, w: int, glu: bool = False, norm: bool = False, modul
     if not _matrix(op, x, w):
         return False
     k, n = op.inputs[w].type.shape
-    fits = _power_of_two(k) and k >= 512 and n % 64 == 0 and (not norm or k <= 2048)
+    fits = _power_of_two(k) and 512 <= k <= (2048 if norm else 8192) and n % 64 == 0
     rows = row_count(op.inputs[x]) + modulated
     return fits and rows <= FEW_ROWS and skinny_config(n, k, glu, norm) is not None
 
 
-def grouped(op: Op, x: int, w: int, norm_free: bool = True) -> bool:
-    """Whether a product suits the kernels for up to 64 rows."""
-    if not _matrix(op, x, w) or not norm_free:
+def grouped(op: Op, x: int, w: int, glu: bool = False, whole: bool = False) -> bool:
+    """Whether a product suits the kernels for up to 64 rows.
+
+    `whole`: rows are added up as a whole, by one program, whose extent is a power of two.
+    """
+    if not _matrix(op, x, w):
         return False
+    from cortexflow.kernels.gluon.warpgroup import default
+
     k, n = op.inputs[w].type.shape
-    return FEW_ROWS < row_count(op.inputs[x]) <= SOME_ROWS and k % 512 == 0 and n % 64 == 0
+    n //= 1 + glu
+    config = default(n, k, glu) if k % 256 == 0 and n % 64 == 0 else None
+    added = whole or (config is not None and config.split > 1)
+    fits = config is not None and (not added or (_power_of_two(n) and 128 <= n <= 8192))
+    return fits and FEW_ROWS < row_count(op.inputs[x]) <= SOME_ROWS
 
 
 def _matrix(op: Op, x: int, w: int) -> bool:
@@ -93,7 +102,8 @@ def _segments(op: Op) -> bool:
 
 
 def _plain_bias(op: Op) -> bool:
-    return len(op.inputs[1].type.shape) == 2 and op.inputs[-1].type.shape == op.inputs[1].type.shape[1:]
+    w, b = op.inputs[1], op.inputs[2]
+    return len(w.type.shape) == 2 and _row_vector(b, w.type.shape[1])
 
 
 def _residual_bias(op: Op) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cortexflow.codegen.triton.claims import SHARED_BYTES
 from cortexflow.codegen.triton.tuning import choose, timed
 from cortexflow.ir.core import Op
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -81,9 +82,10 @@ def attending(stage: Stage, op: Op) -> Any:
 
 
 def _shared_bytes() -> int:
-    if not torch.cuda.is_available():
-        return 227 * 1024
-    return int(torch.cuda.get_device_properties().shared_memory_per_block_optin)
+    """Shared memory that a block may have; Hopper's where there is no card."""
+    from cortexflow.kernels.triton.prefill_attention import card
+
+    return card().shared if torch.cuda.is_available() else SHARED_BYTES
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:

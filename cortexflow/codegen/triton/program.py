@@ -9,7 +9,7 @@ from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
-from cortexflow.passes.plan_buffers import Plan
+from cortexflow.passes.plan_buffers import Plan, dense
 
 _HEAD = '''"""{title}
 
@@ -28,7 +28,7 @@ from cortexflow.kernels.torch.functions import *
 from cortexflow.kernels.triton import prefill_attention, product
 from cortexflow.kernels.triton.gather import embed
 from cortexflow.kernels.triton.rows import epilogue, glu, layer_norm, modulated_norm, rms_norm, rope, rope_and_cache
-from cortexflow.kernels.triton.segment_attention import Cluster, Config, segment_attention
+from cortexflow.kernels.triton.segment_attention import Config, Split, segment_attention
 from cortexflow.kernels.triton.skinny import skinny
 from cortexflow.kernels.triton.thin import thin
 
@@ -89,6 +89,11 @@ class Stage:
         if v.op is not None and self.of_table(v.op):
             return f"{self.name(v.op.inputs[0])}[{self.direct[v.op.inputs[1]]}]"
         return self.direct.get(v) or self.program.buffer(v)
+
+    def read(self, v: Value, axes: int = 1) -> str:
+        """A value for a kernel that wants its last axes dense; a copy where the plan has them otherwise."""
+        tail = list(zip(v.type.shape, self.program.plan.layout(v).strides, dense(v.type.shape), strict=True))[-axes:]
+        return self.name(v) + ("" if all(d == 1 or s == w for d, s, w in tail) else ".contiguous()")
 
     def weight(self, w: Value, form: str) -> str:
         """A weight in one of `placement.FORMS`."""

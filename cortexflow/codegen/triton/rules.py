@@ -27,21 +27,21 @@ ROLES = {
 
 
 def _flat(stage: Stage, v: Value) -> str:
-    return f"flat({stage.name(v)})"
+    return f"flat({stage.read(v)})"
 
 
 def _row(stage: Stage, v: Value) -> str:
-    return f"{stage.name(v)}.view(-1)"
+    return f"{stage.read(v)}.view(-1)"
 
 
 def _few(stage: Stage, op: Op, x: int, w: int) -> bool:
     return "streaming" not in stage.program.without and streams(op, x, w)
 
 
-def _some(stage: Stage, op: Op, x: int, w: int) -> bool:
+def _some(stage: Stage, op: Op, x: int, w: int, glu: bool = False, whole: bool = False) -> bool:
     """Warpgroup instructions are Hopper's alone."""
     hopper = stage.program.capability // 10 == 9
-    return hopper and "streaming" not in stage.program.without and grouped(op, x, w)
+    return hopper and "streaming" not in stage.program.without and grouped(op, x, w, glu, whole)
 
 
 # ---- products of few rows ----------------------------------------------------------------------------
@@ -98,7 +98,9 @@ def _combined(stage: Stage, op: Op, out: str, r: Value, x: Value, w: Value, gate
 
 
 def _segments(stage: Stage, op: Op, out: str) -> list[str]:
-    q, k0, v0, k1, v1, cosine, sine, mask = (f"{stage.name(v)}[0]" for v in op.inputs)
+    q, k0, v0, k1, v1, cosine, sine, mask = (
+        f"{stage.read(v, axes)}[0]" for v, axes in zip(op.inputs, (2,) * 7 + (1,), strict=True)
+    )
     operands = f"{q}, {k1}, {v1}, {k0}, {v0}, {cosine}, {sine}, {mask}, {out}[0], {op.attrs['scale']!r}"
     return [f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
 
@@ -128,26 +130,25 @@ def _thin(stage: Stage, op: Op, out: str, x: Value, w: Value, **ends: str) -> li
 
 def _linear(stage: Stage, op: Op, out: str) -> list[str]:
     x, w, b = op.inputs
-    if small := _thin(stage, op, out, x, w, bias=stage.name(b)):
+    bias = _row(stage, b)
+    if small := _thin(stage, op, out, x, w, bias=bias):
         return small
-    ours = _multiplied(stage, op, out, x, w, f"bias={stage.name(b)}")
-    return ours or [f"torch.addmm({stage.name(b)}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
+    ours = _multiplied(stage, op, out, x, w, f"bias={bias}")
+    return ours or [f"torch.addmm({bias}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
 
 
 def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
     x, w, b = op.inputs
-    kind = op.attrs["kind"]
-    ours = _multiplied(stage, op, out, x, w, f"bias={stage.name(b)}, act={kind!r}")
+    kind, bias, flat = op.attrs["kind"], _row(stage, b), f"rows({out})"
+    if small := _thin(stage, op, out, x, w, bias=bias, act=repr(kind)):
+        return small
+    ours = _multiplied(stage, op, out, x, w, f"bias={bias}, act={kind!r}")
     if ours:
         return ours
-    operands = f"{stage.name(b)}, {_flat(stage, x)}, {stage.name(w)}"
+    operands = f"{_flat(stage, x)}, {stage.name(w)}"
     if kind == "gelu_tanh" and "epilogues" not in stage.program.without and op.out.type.dtype in ("bf16", "f16"):
-        return [f"torch._addmm_activation({operands}, use_gelu=True, out=rows({out}))"]  # its GELU is the tanh form
-    flat = f"rows({out})"
-    return [
-        f"torch.mm({_flat(stage, x)}, {stage.name(w)}, out={flat})",
-        f"epilogue({flat}, {flat}, bias={stage.name(b)}, act={kind!r})",
-    ]
+        return [f"torch._addmm_activation({bias}, {operands}, use_gelu=True, out={flat})"]  # its GELU is the tanh form
+    return [f"torch.mm({operands}, out={flat})", f"epilogue({flat}, {flat}, bias={bias}, act={kind!r})"]
 
 
 def _linear_residual(stage: Stage, op: Op, out: str) -> list[str]:
@@ -170,7 +171,7 @@ def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
     r, x, w = op.inputs
     if _few(stage, op, 1, 2):
         return _streamed(stage, op, out)
-    if _some(stage, op, 1, 2):
+    if _some(stage, op, 1, 2, whole=True):
         return _combined(stage, op, out, r, x, w, None)
     if small := _thin(stage, op, out, x, w, residual=_flat(stage, r)):
         return small
@@ -182,7 +183,7 @@ def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
     r, x, w, gate = op.inputs
     if _few(stage, op, 1, 2):
         return _streamed(stage, op, out)
-    if _some(stage, op, 1, 2):
+    if _some(stage, op, 1, 2, whole=True):
         return _combined(stage, op, out, r, x, w, gate)
     # the result may stand where the residual stood: the product needs a place of its own
     product = f"torch.mm({_flat(stage, x)}, {stage.name(w)})"
@@ -191,7 +192,7 @@ def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
 
 def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
     x, w = op.inputs
-    if _some(stage, op, 0, 1):
+    if _some(stage, op, 0, 1, glu=True):
         return _warped(stage, op, out, x, w, glu=True)
     k, n = w.type.shape
     config = multiplying(stage, op, row_count(x), n // 2, k, "pairs")
@@ -215,8 +216,8 @@ def _attention(stage: Stage, op: Op, out: str) -> list[str]:
     other = op.inputs[2].type.shape[-1] != op.inputs[0].type.shape[-1]  # values wider or narrower than keys
     if op.attrs["causal"] or other or any(e.type.dtype != "bool" for e in extra):
         return stage.copied(op, out)
-    mask = f", mask={stage.name(extra[0])}" if extra else ""
-    q, k, v = map(stage.name, op.inputs[:3])
+    mask = f", mask={stage.read(extra[0])}" if extra else ""
+    q, k, v = (stage.read(x, 2) for x in op.inputs[:3])
     config = attending(stage, op)
     tile = f", config=prefill_attention.{config!r}, scratch=self.scratch" if config is not None else ""
     return [f"prefill_attention.attention({q}, {k}, {v}, {out}, {op.attrs['scale']!r}{mask}{tile})"]
@@ -250,6 +251,19 @@ def _add(stage: Stage, op: Op, out: str) -> list[str]:
     return stage.copied(op, out)
 
 
+def _concat(stage: Stage, op: Op, out: str) -> list[str]:
+    """Matrices below each other, sample by sample."""
+    shape = op.out.type.shape
+    if len(shape) != 3 or op.attrs["axis"] not in (1, -2) or op.out.type.dtype not in ("f32", "bf16", "f16"):
+        return stage.copied(op, out)
+    lines, at = [], 0
+    for part in op.inputs:
+        end = at + part.type.shape[1]
+        lines += [f"epilogue({stage.read(part)}[{i}], {out}[{i}, {at}:{end}])" for i in range(shape[0])]
+        at = end
+    return lines
+
+
 def _is_row(y: Value, x: Value) -> bool:
     return y.type.shape[-1:] == x.type.shape[-1:] and y.type.size == x.type.shape[-1]
 
@@ -277,17 +291,17 @@ def _rope(stage: Stage, op: Op, out: str) -> list[str]:
     if len(x.type.shape) != 4 or cosine.type.shape[0] not in (1, b):
         return stage.copied(op, out)
     angles = [
-        ", ".join(f"{stage.name(t)}[{i if t.type.shape[0] > 1 else 0}]" for t in (cosine, sine)) for i in range(b)
+        ", ".join(f"{stage.read(t, 2)}[{i if t.type.shape[0] > 1 else 0}]" for t in (cosine, sine)) for i in range(b)
     ]
     if op in stage.rotated:
         qkv, keys, values = stage.rotated[op]
         shape = keys.type.shape[1:]
         return [
-            f"rope_and_cache({stage.name(qkv)}[{i}], {angles[i]}, {out}[{i}], {stage.name(keys)}[{i}], "
+            f"rope_and_cache({stage.read(qkv)}[{i}], {angles[i]}, {out}[{i}], {stage.name(keys)}[{i}], "
             f"{stage.name(values)}[{i}].view{shape})"
             for i in range(b)
         ]
-    return [f"rope({stage.name(x)}[{i}], {angles[i]}, {out}[{i}])" for i in range(b)]
+    return [f"rope({stage.read(x)}[{i}], {angles[i]}, {out}[{i}])" for i in range(b)]
 
 
 def _glu(stage: Stage, op: Op, out: str) -> list[str]:
@@ -299,7 +313,7 @@ def _gather(stage: Stage, op: Op, out: str) -> list[str]:
     plain = len(table.type.shape) == 2 and op.attrs["axis"] == 0 and table.type.dtype in ("f32", "bf16", "f16")
     if not plain or index.type.dtype not in ("i32", "i64"):
         return stage.copied(op, out)
-    return [f"embed({stage.name(table)}, {stage.name(index)}.reshape(-1), rows({out}))"]
+    return [f"embed({stage.read(table)}, {stage.name(index)}.reshape(-1), rows({out}))"]
 
 
 RULES: dict[str, Rule] = {
@@ -317,6 +331,7 @@ RULES: dict[str, Rule] = {
     "add": _add,
     "attention": _attention,
     "cast": _cast,
+    "concat": _concat,
     "gather": _gather,
     "matmul": _product,
     "rms_norm": _norm,

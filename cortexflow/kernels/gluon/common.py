@@ -5,6 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of a program's threads; its name before 3.7
+
 
 @gluon.jit
 def let_next_start():

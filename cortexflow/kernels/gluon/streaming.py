@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from cortexflow.kernels.gluon.common import activate, let_next_start, wait_for_previous
+from cortexflow.kernels.gluon.common import activate, barrier, let_next_start, wait_for_previous
 from cortexflow.kernels.triton.common import overlaps
 
 ROWS = 16  # of one matrix instruction; where the norm is modulated the last one is `shift`
@@ -53,8 +53,8 @@ class Config(NamedTuple):
 def default(n: int, k: int, glu: bool, norm: bool) -> Config:
     """A config for w [n, k] (gate alone, with a gated unit), as measured on an H100 in a chain of such kernels."""
     if norm:
-        return Config(16 if glu else 32, 8, 8, 1, True, 128 if glu else 0)
-    return Config(16, 8, 8, 1, False, 128) if k <= 2048 else Config(8, 8, 16, 2, True, 0)
+        return Config(16 if glu else 32, 8, 8, 1, True, 128 if glu and k <= 1024 else 0)
+    return Config(16, 8, 8, 1, False, 128) if k <= 2048 else Config(8, 8, 16, k // 2048, True, 0)
 
 
 @gluon.jit
@@ -160,7 +160,7 @@ def streaming_kernel(
         before = gl.load(residual + m_o[None, :, None] * residual_row + n_o, mask=stored, other=0.0)
     if SHARED:
         async_copy.wait_group(0)
-    gl.thread_barrier()  # also keeps the compiler from moving loads down to where their values are used
+    barrier()  # also keeps the compiler from moving loads down to where their values are used
     for c in gl.static_range(CHUNKS):
         b = a
         if c + 1 < CHUNKS:
@@ -186,10 +186,10 @@ def streaming_kernel(
         mean = gl.sum(gl.where(i[None, :, None] == j[None, None, :], squares, 0.0), axis=2) / K
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
         means = gl.allocate_shared_memory(gl.float32, [SLICES, 1, ROWS, 1], plain, mean.reshape([SLICES, 1, ROWS, 1]))
-        gl.thread_barrier()
+        barrier()
         r = gl.rsqrt(_total(means, 0, ROWS, added) + eps)
     else:
-        gl.thread_barrier()
+        barrier()
     y = _total(parts, 0, ROWS, added)
     if NORM:
         y = y * r

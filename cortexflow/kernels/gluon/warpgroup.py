@@ -25,10 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cortexflow.kernels.gluon.common import activate, let_next_start, wait_for_previous
+from cortexflow.kernels.gluon.common import activate, barrier, let_next_start, wait_for_previous
 from cortexflow.kernels.triton.common import overlaps
 
 ROWS = 64  # of one warpgroup instruction
+MOST = 160 << 10  # bytes of shared memory for a program's weights
 
 
 class Config(NamedTuple):
@@ -45,14 +46,19 @@ class Config(NamedTuple):
     chunk: int
 
 
-def default(n: int, k: int, glu: bool) -> Config:
-    """A config for w [n, k] (gate alone, with a gated unit), as measured on an H100 in a chain of such kernels."""
-    if glu:
-        return Config(32, 1, 256)
-    if n >= 2048:
-        return Config(16, 1, 256)
-    split = max(s for s in (1, 2, 4, 8) if k % (256 * s) == 0)
-    return Config(64, split, 256 if k // split < 512 else 128)
+def default(n: int, k: int, glu: bool) -> Config | None:
+    """A config for w [n, k] (gate alone, with a gated unit), as measured on an H100 in a chain of such kernels.
+
+    None where a program's weights would not fit beside its neighbours'.
+    """
+    split, columns, chunk = 1, 32 if glu else 16, 256
+    if not glu and n < 2048:  # too few columns to occupy the card
+        split, columns = max(s for s in (1, 2, 4, 8) if k % (256 * s) == 0), 64
+        chunk = 256 if k // split < 512 else 128
+    while columns > 8 and columns * (1 + glu) * k // split * 2 > MOST:
+        columns //= 2
+    fits = columns * (1 + glu) * k // split * 2 <= MOST and k % (split * chunk) == 0 and n % columns == 0
+    return Config(columns, split, chunk) if fits else None
 
 
 @gluon.jit
@@ -103,13 +109,13 @@ def warpgroup_kernel(
     a = gl.load(mine, mask=inside, other=0.0)
     async_copy.wait_group(0)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
     for c in gl.static_range(CHUNKS):
         b = a.reshape([64, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([64, CHUNK])
         b = gl.convert_layout(b, left)
         if c + 1 < CHUNKS:
             a = gl.load(mine + (c + 1) * CHUNK, mask=inside, other=0.0)
-            gl.thread_barrier()  # keeps the compiler from moving these loads behind the products
+            barrier()  # keeps the compiler from moving these loads behind the products
         acc = warpgroup_mma(b, buffer.index(c).permute([1, 0]), acc, is_async=True)
         if GLU:
             up = warpgroup_mma(b, buffer.index(CHUNKS + c).permute([1, 0]), up, is_async=True)

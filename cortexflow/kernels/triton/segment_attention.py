@@ -4,8 +4,8 @@ Query heads of one key head are rows of one matrix. Two kernels: the first, spre
 tile's weights exp2(logit - largest of the tile) with that largest logit and their sum; the second, spread over
 the values' columns, brings the tiles to one scale and multiplies by the values. Each has its part of the
 cache, which was written long ago, before it waits for the kernel ahead, so that one round trip to memory
-is left after the wait. Where a cluster of blocks can hold all keys, one kernel does it instead
-(kernels/gluon/cluster_attention.py): a `Cluster` as `config` asks for that.
+is left after the wait. A `Split` as `config` asks for Hopper's warpgroup instructions, which suit more rows
+(kernels/gluon/split_attention.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from cortexflow.kernels.gluon.cluster_attention import Cluster, cluster_attention, fits
+from cortexflow.kernels.gluon import split_attention as split
+from cortexflow.kernels.gluon.split_attention import Split
 from cortexflow.kernels.triton.common import let_next_start, overlaps, wait_for_previous
 
 
@@ -40,18 +41,18 @@ class Config(NamedTuple):
     """Warps of such a program."""
 
 
-FEW = (Config(16, 32, 4, 16, 32, 4), Config(16, 64, 4, 16, 32, 4), Config(16, 64, 8, 16, 32, 4))
-MANY = (Config(64, 64, 8, 16, 32, 4), Config(64, 64, 8, 16, 64, 8), Config(32, 128, 8, 16, 32, 4))
-CLUSTERS = (Cluster(),)
+FEW = (Config(16, 64, 8, 16, 32, 4), Config(16, 64, 4, 16, 32, 4))
+MANY = (Config(64, 64, 8, 16, 64, 8), Config(64, 32, 4, 16, 64, 4), Config(32, 128, 8, 16, 32, 4))
+SPLITS = (Split(64), Split(32))  # the second has too many parts where keys are many
 
 
-def candidates(m: int, heads: int, d: int, n: int) -> list[Config | Cluster]:
+def candidates(m: int, heads: int, d: int, n: int) -> list[Config | Split]:
     """At most five configurations worth timing for 16-bit floats, the one that needs no timing first."""
-    few, hopper = m * heads <= 128, _has_clusters()
-    known = FEW if few else [c for c in MANY if hopper or c.rows < 64]  # 64 rows are for warp groups
-    tiles = dict.fromkeys(_narrowed(c, m, d, n) for c in known)
-    clusters = [c for c in CLUSTERS if hopper and fits(m, heads, d, n, c)]
-    return [*clusters, *tiles] if few else [*tiles, *clusters[:1]]  # many rows: more clusters than the card holds
+    few = m * heads <= 128
+    splits = [c for c in SPLITS if _has_warpgroups() and split.fits(m, heads, d, n, c)]
+    known = FEW if few else [c for c in MANY if _has_warpgroups() or c.rows < 64]  # 64 rows are for warp groups
+    tiles = list(dict.fromkeys(_narrowed(c, m, d, n) for c in known))
+    return ([*tiles, *splits] if few else [*splits[:1], *tiles])[:5]
 
 
 def _narrowed(config: Config, m: int, d: int, n: int) -> Config:
@@ -62,15 +63,15 @@ def _narrowed(config: Config, m: int, d: int, n: int) -> Config:
     return config._replace(columns=columns)
 
 
-def default(m: int, heads: int, d: int, n: int) -> Config | Cluster:
+def default(m: int, heads: int, d: int, n: int) -> Config | Split:
     """The configuration for 16-bit floats where nothing was timed."""
     return candidates(m, heads, d, n)[0]
 
 
-def scratch_size(m: int, heads: int, n: int, config: Config | Cluster) -> int:
+def scratch_size(m: int, heads: int, n: int, config: Config | Split) -> int:
     """How many float32 numbers `segment_attention` needs in `scratch[0]`, whatever the dtype."""
-    if isinstance(config, Cluster):
-        return 0
+    if isinstance(config, Split):
+        return split.scratch_size(m, heads, n, config)
     tiles, padded = _extent(m, heads, n, config)
     return padded * tiles * (config.keys + 2)
 
@@ -82,9 +83,9 @@ def _extent(m: int, heads: int, n: int, config: Config) -> tuple[int, int]:
 
 
 @cache
-def _has_clusters() -> bool:
-    """Whether the card is one whose blocks form clusters and have the shared memory to use it."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+def _has_warpgroups() -> bool:
+    """Whether the card has Hopper's warpgroup instructions."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 @cache
@@ -230,7 +231,7 @@ def segment_attention(
     out: Tensor,
     scale: float,
     scratch: tuple[Tensor, Tensor],
-    config: Config | Cluster,
+    config: Config | Split,
 ) -> None:
     """out [m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
 
@@ -238,16 +239,15 @@ def segment_attention(
     [1|m, n + m]; d a power of two from 32. Tokens may be strided, the heads of one are contiguous. `scratch[0]`,
     float32, holds weights and sums in between (`scratch_size` numbers); it needs no initial value.
     """
-    if isinstance(config, Cluster):
-        cluster_attention(q, own_k, own_v, cached_k, cached_v, cosine, sine, mask, out, scale, config)
-        return
     m, heads, d = q.shape
     n = cached_k.shape[0]
+    needed = scratch_size(m, heads, n, config)
+    if scratch[0].numel() < needed:
+        raise ValueError(f"scratch of {scratch[0].numel()} numbers where {needed} are needed")
+    if isinstance(config, Split):
+        split.split_attention(q, own_k, own_v, cached_k, cached_v, cosine, sine, mask, out, scale, scratch[0], config)
+        return
     tiles, padded = _extent(m, heads, n, config)
-    if scratch[0].numel() < scratch_size(m, heads, n, config):
-        raise ValueError(
-            f"scratch of {scratch[0].numel()} numbers where {scratch_size(m, heads, n, config)} are needed"
-        )
     stats = scratch[0].view(-1)[: 2 * tiles * padded]
     weights = scratch[0].view(-1)[stats.numel() :].view(q.dtype)
     shape = {
@@ -264,3 +264,6 @@ def segment_attention(
         ROWS=config.value_rows, COLUMNS=config.columns, **shape,
         num_warps=config.value_warps, launch_pdl=overlaps(),
     )  # fmt: skip
+
+
+__all__ = ["Config", "Split", "candidates", "default", "scratch_size", "segment_attention"]

@@ -6,13 +6,14 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from cortexflow.kernels.triton.common import let_next_start, overlaps, wait_for_previous
+from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
 
 
 @triton.jit
 def thin_kernel(
     x, w, out, bias, residual, x_row, w_row, out_row, residual_row, N,
     K: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
 ):  # fmt: skip
     """WIDE columns of one row."""
     let_next_start()
@@ -32,13 +33,22 @@ def thin_kernel(
         acc += tl.sum(v[:, None] * u.to(tl.float32), axis=0)
     if BIAS:
         acc += shift
+    acc = activate(acc, ACT)
     if RESIDUAL:
         acc += tl.load(residual + row * residual_row + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_row + n, acc.to(out.dtype.element_ty), mask=inside)
 
 
-def thin(x: Tensor, w: Tensor, out: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
-    """out [m, n] = residual + x [m, k] @ w [k, n] + bias [n], summed in float32, rounded once.
+def thin(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    act: str = "none",
+    residual: Tensor | None = None,
+) -> None:
+    """out [m, n] = residual + act(x [m, k] @ w [k, n] + bias [n]), summed in float32, rounded once.
 
     Any float dtypes, rows strided; `residual` may be `out`.
     """
@@ -48,6 +58,6 @@ def thin(x: Tensor, w: Tensor, out: Tensor, *, bias: Tensor | None = None, resid
     thin_kernel[(m, triton.cdiv(n, wide))](
         x, w, out, out if bias is None else bias, out if residual is None else residual, x.stride(0), w.stride(0),
         out.stride(0), 0 if residual is None else residual.stride(0), n,
-        K=k, DEEP=deep, WIDE=wide, BIAS=bias is not None, RESIDUAL=residual is not None, num_warps=4,
+        K=k, DEEP=deep, WIDE=wide, BIAS=bias is not None, RESIDUAL=residual is not None, ACT=act, num_warps=4,
         launch_pdl=overlaps(),
     )  # fmt: skip
