@@ -1,0 +1,123 @@
+"""Microseconds that each kernel of a decoder layer takes, alone and in the chain, on a GPU.
+
+The decoder of a flow is a chain of kernels under programmatic dependent launch, each bound by the latency
+after its wait or by the bytes of its weights: a kernel's own time says little. Here a layer's products
+(without its attention) run for 18 layers of distinct weights; the same with one layer's weights, which the
+cache then holds, shows what is latency alone. Times are medians of CUDA graph replays, for 10 and for 51 rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._gpu import by_events
+from benchmarks._record import save
+from cortexflow.codegen.triton.placement import FORMS, fill
+
+LAYERS, ROUNDS = 18, 2
+WIDTH, HEADS, HIDDEN = 1024, 2048, 4096
+# name: (columns, depth, gated unit); sizes of the released action experts
+PRODUCTS = {
+    "norm, qkv": (2560, WIDTH, False),
+    "o": (WIDTH, HEADS, False),
+    "norm, gate and up": (HIDDEN, WIDTH, True),
+    "down": (WIDTH, HIDDEN, False),
+}
+
+
+class Chain:
+    """The products of a layer on some rows, with weights for each layer."""
+
+    def __init__(self, rows: int) -> None:
+        self.few = rows <= 16
+        self.hidden, self.normed = _random(rows, WIDTH), _random(rows, WIDTH)
+        self.qkv, self.middle = _random(rows, 2560), _random(rows, HIDDEN)
+        self.scale, self.shift, self.gate = (_random(WIDTH) for _ in range(3))
+        self.parts = torch.empty(8 * 64 * WIDTH, device="cuda")
+        form = "rows" if self.few else "interleaved"
+        self.weights = {n: [_weight(form, k, c * (1 + g)) for _ in range(LAYERS)] for n, (c, k, g) in PRODUCTS.items()}
+
+    def launch(self, name: str, layer: int) -> None:
+        """One product of one layer, with its norm, gate and residual."""
+        from cortexflow.kernels.gluon import streaming, warpgroup
+
+        w, (columns, depth, unit) = self.weights[name][layer], PRODUCTS[name]
+        x, out = {
+            "norm, qkv": (self.hidden, self.qkv),
+            "o": (self.qkv[:, :HEADS], self.hidden),
+            "norm, gate and up": (self.hidden, self.middle),
+            "down": (self.middle, self.hidden),
+        }[name]
+        norm = {"eps": 1e-6, "scale": self.scale, "shift": self.shift}
+        ends = {"residual": self.hidden, "gate": self.gate}
+        gated: dict[str, Any] = {"glu": True, "act": "gelu_tanh"} if unit else {}
+        if self.few:
+            config = streaming.default(columns, depth, unit, name.startswith("norm"))
+            streaming.streaming(x, w, out, config=config, **gated, **(norm if name.startswith("norm") else ends))
+            return
+        config = warpgroup.default(columns, depth, unit)
+        if name.startswith("norm"):
+            warpgroup.warpgroup(self.normed, w, out, config=config, **gated)
+        else:
+            warpgroup.warpgroup(x, w, self.parts.view(-1, WIDTH), config=config)
+            warpgroup.combine(self.parts, out, config.split, **ends, normed=self.normed, **norm)
+
+    def time(self, names: Sequence[str], layers: int = LAYERS) -> float:
+        """Microseconds a layer for some of its products, over this many layers' weights."""
+        for values in (self.hidden, self.normed, self.qkv, self.middle):
+            values.normal_()
+
+        def run() -> None:
+            for layer in range(ROUNDS * LAYERS):
+                for name in names:
+                    self.launch(name, layer % layers)
+
+        return statistics.median(by_events(_captured(run).replay, 15)) * 1e3 / (ROUNDS * LAYERS)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda").to(torch.bfloat16)
+
+
+def _weight(form: str, depth: int, columns: int) -> Tensor:
+    w = _random(depth, columns) * depth**-0.5
+    place = torch.empty(w.shape[::-1] if FORMS[form][0] else w.shape, device="cuda", dtype=torch.bfloat16)
+    fill(place, form, w)
+    return place
+
+
+def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def main() -> None:
+    """Measure, print, save."""
+    if not torch.cuda.is_available():
+        print("decoder_chain: needs an NVIDIA GPU, and PyTorch finds none here")
+        return
+    rows = []
+    for m in (10, 51):
+        chain = Chain(m)
+        for names in (*[(n,) for n in PRODUCTS], tuple(PRODUCTS)):
+            what = names[0] if len(names) == 1 else "the chain of all"
+            times = {"18 layers us": round(chain.time(names), 2), "in cache us": round(chain.time(names, 1), 2)}
+            rows.append({"rows": m, "kernel": what} | times)
+            print(rows[-1])
+    save("decoder_chain", rows)
+
+
+if __name__ == "__main__":
+    main()
