@@ -152,7 +152,25 @@ def summed(read_by: str, without: frozenset[str] = frozenset()) -> tuple[Module,
         returns(y=y, n=n, **({"r": r} if read_by == "something between" else {}))
     module = Module({"f": f})
     text = Program(module, plan_buffers(module), without).text()
-    return module, [line.strip() for line in text[text.index("def f(self)") :].splitlines()[1:-1]]
+    first, *lines = (line.strip() for line in text[text.index("def f(self)") :].splitlines()[1:-1])
+    assert first == "settle(self.scratch)", "a stage begins when those before it have ended"
+    return module, lines
+
+
+@pytest.mark.parametrize(("gate", "settled"), [("weight", False), ("computed", True)])
+@pytest.mark.parametrize("rows", [10, 50])
+def test_what_a_kernel_reads_before_it_waits_is_there(rows: int, gate: str, settled: bool) -> None:
+    """A gate that the launch before computes is not: the plan waits for it."""
+    wide = Type("bf16", (rows, 1024))
+    with function("f", x=wide, r=wide, c=Type("bf16", (1, 1024))) as (f, [x, r, c]):
+        g = ops.weight(key="g", type=Type("bf16", (1024,))) if gate == "weight" else ops.act(c, kind="silu")
+        w = ops.weight(key="w", type=Type("bf16", (1024, 1024)))
+        returns(y=fused.matmul_gated_residual(r, x, w, g))
+    module = Module({"f": f})
+    text = Program(module, plan_buffers(module)).text()
+    lines = [line.split("(")[0].strip() for line in text[text.index("def f(self)") :].splitlines()[2:-1]]
+    assert ("settle" in lines) == settled
+    assert not settled or lines.index("settle") == lines.index("epilogue") + 1
 
 
 def test_a_norm_comes_with_the_sum_that_it_reads() -> None:
@@ -185,7 +203,7 @@ def product_of(rows: int, k: int, n: int, what: str = "matmul_residual") -> list
         returns(y=y, r=ops.neg(r))
     module = Module({"f": f})
     text = Program(module, plan_buffers(module)).text()
-    return [line.split("(")[0].strip() for line in text[text.index("def f(self)") :].splitlines()[1:-1]]
+    return [line.split("(")[0].strip() for line in text[text.index("def f(self)") :].splitlines()[2:-1]]
 
 
 @pytest.mark.parametrize(

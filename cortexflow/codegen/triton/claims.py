@@ -52,9 +52,14 @@ def grouped(op: Op, x: int, w: int, glu: bool = False, whole: bool = False) -> b
     return fits and FEW_ROWS < row_count(op.inputs[x]) <= SOME_ROWS
 
 
+def stored(v: Value) -> bool:
+    """Whether a value is a weight: it may be stored in any form, and read before a kernel waits."""
+    return v.op is not None and v.op.name == "weight"
+
+
 def _matrix(op: Op, x: int, w: int) -> bool:
     xt, wt = op.inputs[x].type, op.inputs[w].type
-    return len(wt.shape) == 2 and xt.dtype in TENSOR_CORES and op.out.type.dtype == xt.dtype
+    return len(wt.shape) == 2 and stored(op.inputs[w]) and xt.dtype in TENSOR_CORES and op.out.type.dtype == xt.dtype
 
 
 def skinny_config(n: int, k: int, glu: bool, norm: bool) -> tuple[int, int, int, int] | None:

@@ -43,6 +43,11 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def settle(scratch: tuple[Tensor, Tensor]) -> None:
+    """Wait for everything before: a kernel behind this may read it before it waits for its turn."""
+    scratch[1][-1:].zero_()
+
+
 '''
 
 _CLASS = '''
@@ -80,7 +85,8 @@ class Stage:
     def text(self) -> str:
         """The method's source."""
         self.block(self.func.block, "        ")
-        return "\n".join([f"    def {self.func.name}(self) -> None:", *self.lines, "        return None"])
+        start = [f"    def {self.func.name}(self) -> None:", "        settle(self.scratch)"]
+        return "\n".join([*start, *self.lines, "        return None"])
 
     def name(self, v: Value) -> str:
         """How a value is written; a weight is stored as it is only if a line says so."""
@@ -99,6 +105,20 @@ class Stage:
         """A weight in one of `placement.FORMS`."""
         assert w.op is not None
         return f"self.{self.program.weight(w.op.attrs['key'], form)}"
+
+    def settled(self, *values: Value | None) -> list[str]:
+        """What must be launched before a kernel that reads these values before it waits; nothing for what is there.
+
+        Weights and their tables' rows are, and a stage's arguments: a stage begins when those before it have ended.
+        """
+        return [] if all(v is None or self._there(v) for v in values) else ["settle(self.scratch)"]
+
+    def _there(self, v: Value) -> bool:
+        while v.op is not None and v in self.program.plan.layouts:
+            v = v.op.inputs[0]
+        if v.op is None:
+            return v in self.func.args.values()
+        return v.op.name in _SILENT or self.of_table(v.op)
 
     def of_table(self, op: Op) -> bool:
         """Whether an op is the current step's row of a table: no launch, a name."""

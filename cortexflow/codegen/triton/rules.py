@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cortexflow.codegen.triton.claims import SOME_ROWS, STREAMED, grouped, row_count, skinny_config, streams
+from cortexflow.codegen.triton.claims import SOME_ROWS, STREAMED, grouped, row_count, skinny_config, stored, streams
 from cortexflow.codegen.triton.configs import attending, multiplying, segmented, streamed, warped
 from cortexflow.ir.core import FLOATS, Op, Value
 
@@ -59,9 +59,13 @@ def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
     if glu:
         parts.append(f"glu=True, act={op.attrs['kind']!r}")
     k, n = given["w"].type.shape
+    early = stage.settled(*(given.get(name) for name in ("gate", "scale", "shift")))
     if stage.program.capability >= 90:
-        return [f"streaming.streaming({', '.join(parts)}, config=streaming.{streamed(stage, op, n, k, glu, norm)!r})"]
-    return [f"skinny({', '.join(parts)}, scratch=self.scratch, config={skinny_config(n, k, glu, norm)})"]
+        return [
+            *early,
+            f"streaming.streaming({', '.join(parts)}, config=streaming.{streamed(stage, op, n, k, glu, norm)!r})",
+        ]
+    return [*early, f"skinny({', '.join(parts)}, scratch=self.scratch, config={skinny_config(n, k, glu, norm)})"]
 
 
 def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = False) -> list[str]:
@@ -87,14 +91,16 @@ def _combined(stage: Stage, op: Op, out: str, r: Value, x: Value, w: Value, gate
     k, n = w.type.shape
     config = warped(stage, op, n, k, False)
     parts = [f"self.scratch[0], rows({out}), {config.split}, residual={_flat(stage, r)}"]
+    early = [gate]
     if gate is not None:
         parts.append(f"gate={_row(stage, gate)}")
     norm = stage.following(op, ("fused.modulated_norm", "rms_norm"))
     if norm is not None and norm.out.type.dtype == op.out.type.dtype:
         stage.done.add(norm)
+        early += norm.inputs[1:]
         parts.append(f"normed=rows({stage.name(norm.out)}), eps={norm.attrs['eps']!r}")
         parts += [f"{n}={_row(stage, v)}" for n, v in zip(("scale", "shift"), norm.inputs[1:], strict=False)]
-    return [*_parts(stage, x, w, config), f"warpgroup.combine({', '.join(parts)})"]
+    return [*stage.settled(*early), *_parts(stage, x, w, config), f"warpgroup.combine({', '.join(parts)})"]
 
 
 def _segments(stage: Stage, op: Op, out: str) -> list[str]:
@@ -102,7 +108,8 @@ def _segments(stage: Stage, op: Op, out: str) -> list[str]:
         f"{stage.read(v, axes)}[0]" for v, axes in zip(op.inputs, (2,) * 7 + (1,), strict=True)
     )
     operands = f"{q}, {k1}, {v1}, {k0}, {v0}, {cosine}, {sine}, {mask}, {out}[0], {op.attrs['scale']!r}"
-    return [f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
+    early = stage.settled(op.inputs[1], op.inputs[2])
+    return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
 
 
 # ---- products of many rows ---------------------------------------------------------------------------
@@ -119,19 +126,23 @@ def _product(stage: Stage, op: Op, out: str) -> list[str]:
     return _multiplied(stage, op, out, x, w) or [f"torch.mm({_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
 
 
-def _thin(stage: Stage, op: Op, out: str, x: Value, w: Value, **ends: str) -> list[str] | None:
+def _thin(
+    stage: Stage, op: Op, out: str, x: Value, w: Value, bias: Value | None = None, **ends: str
+) -> list[str] | None:
     """A small product in float32, which the library's kernels are slow to start for."""
-    small = len(w.type.shape) == 2 and w.type.size <= THIN and row_count(x) <= SOME_ROWS
+    small = len(w.type.shape) == 2 and stored(w) and w.type.size <= THIN and row_count(x) <= SOME_ROWS
     if not small or w.type.dtype != "f32" or op.out.type.dtype != "f32" or "streaming" in stage.program.without:
         return None
+    if bias is not None:
+        ends["bias"] = _row(stage, bias)
     given = "".join(f", {name}={value}" for name, value in ends.items())
-    return [f"thin({_flat(stage, x)}, {stage.name(w)}, rows({out}){given})"]
+    return [*stage.settled(bias), f"thin({_flat(stage, x)}, {stage.name(w)}, rows({out}){given})"]
 
 
 def _linear(stage: Stage, op: Op, out: str) -> list[str]:
     x, w, b = op.inputs
     bias = _row(stage, b)
-    if small := _thin(stage, op, out, x, w, bias=bias):
+    if small := _thin(stage, op, out, x, w, b):
         return small
     ours = _multiplied(stage, op, out, x, w, f"bias={bias}")
     return ours or [f"torch.addmm({bias}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
@@ -140,7 +151,7 @@ def _linear(stage: Stage, op: Op, out: str) -> list[str]:
 def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
     x, w, b = op.inputs
     kind, bias, flat = op.attrs["kind"], _row(stage, b), f"rows({out})"
-    if small := _thin(stage, op, out, x, w, bias=bias, act=repr(kind)):
+    if small := _thin(stage, op, out, x, w, b, act=repr(kind)):
         return small
     ours = _multiplied(stage, op, out, x, w, f"bias={bias}, act={kind!r}")
     if ours:
@@ -153,7 +164,7 @@ def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
 
 def _linear_residual(stage: Stage, op: Op, out: str) -> list[str]:
     r, x, w, b = op.inputs
-    if small := _thin(stage, op, out, x, w, bias=stage.name(b), residual=_flat(stage, r)):
+    if small := _thin(stage, op, out, x, w, b, residual=_flat(stage, r)):
         return small
     ours = _multiplied(stage, op, out, x, w, f"bias={stage.name(b)}, residual={_flat(stage, r)}")
     if ours:
