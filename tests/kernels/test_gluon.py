@@ -8,38 +8,25 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytest.importorskip("triton.experimental.gluon")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+from cortexflow.codegen.triton.executable import SCRATCH
+from cortexflow.codegen.triton.placement import fill
+from cortexflow.kernels.gluon import streaming, warpgroup
+from tests.kernels import numerics
+from tests.kernels.builds import SHARED, Recorder, around_wait, check_fits, record
+from tests.kernels.numerics import ACTS, BF16, EPS, F16, ROUNDED_ONCE, Draw, Launch, measure, rms
 
-from cortexflow.codegen.triton.executable import SCRATCH  # noqa: E402
-from cortexflow.codegen.triton.placement import fill  # noqa: E402
-from cortexflow.kernels.gluon import streaming, warpgroup  # noqa: E402
-
-BF16, F16 = torch.bfloat16, torch.float16
-TOLERANCE = {BF16: 6e-3, F16: 1e-3}
-EPS = 1e-6
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+DTYPES = BF16, F16
 
 
 # ---- cases -------------------------------------------------------------------------------------------
@@ -61,39 +48,6 @@ class Case(NamedTuple):
     config: Any = None
 
 
-class Draw:
-    """Random inputs of one dtype; outputs full of NaN in a margin that must stay so; rows beyond the last are NaN."""
-
-    def __init__(self, device: str, dtype: torch.dtype, seed: int, pad: int) -> None:
-        self.device, self.dtype, self.pad = device, dtype, pad
-        self.generator = torch.Generator().manual_seed(seed)
-        self.margins: list[Tensor] = []
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
-
-    def weight(self, n: int, k: int) -> Tensor:
-        return (torch.randn(n, k, generator=self.generator) * k**-0.5).to(self.device, self.dtype)
-
-    def rows(self, m: int, k: int) -> Tensor:
-        whole = torch.full((m + 3, k + self.pad), float("nan"), device=self.device, dtype=self.dtype)
-        whole[:m, :k] = self.normal(m, k)
-        return whole[:m, :k]
-
-    def poisoned(self, m: int, n: int) -> Tensor:
-        whole = torch.full((m + 3, n + self.pad), float("nan"), device=self.device, dtype=self.dtype)
-        self.margins += [whole[m:], whole[:, n:]]
-        return whole[:m, :n]
-
-
-def rms(x: Tensor) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
-
-
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())  # NaN left over from the poison stays NaN
-
-
 def expected(case: Case, x: Tensor, w: Tensor, residual: Tensor, gate: Tensor) -> Tensor:
     """In float64; w [n, k]."""
     y = x @ w.double().T
@@ -102,12 +56,12 @@ def expected(case: Case, x: Tensor, w: Tensor, residual: Tensor, gate: Tensor) -
     return y + residual.double() if case.residual else y
 
 
-def stream(case: Case, m: int, draw: Draw) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+def stream(case: Case, m: int, draw: Draw) -> Launch:
     """A launch that gives (found, wanted): `streaming`."""
-    x, w = draw.rows(m, case.k), draw.weight(case.n * (2 if case.glu else 1), case.k)
+    x, w = draw.rows(m, case.k), draw.weight(case.n * (2 if case.glu else 1), case.k, k=case.k)
     scale, shift = 1 + draw.normal(case.k) / 4, draw.normal(case.k)
     residual, gate = draw.rows(m, case.n), draw.normal(case.n)
-    ahead = x.double() if case.norm == "none" else rms(x.double())
+    ahead = x.double() if case.norm == "none" else rms(x)
     ahead = ahead * scale.double() + shift.double() if case.norm == "modulated" else ahead
     wanted = expected(case, ahead, w, residual, gate)
     given: dict[str, Any] = {"act": case.act, "glu": case.glu, "gate": gate if case.gate else None}
@@ -126,9 +80,9 @@ def stream(case: Case, m: int, draw: Draw) -> Callable[[], list[tuple[Tensor, Te
     return launch
 
 
-def group(case: Case, m: int, draw: Draw) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+def group(case: Case, m: int, draw: Draw) -> Launch:
     """The same for `warpgroup`, with `combine` where the case asks for it."""
-    x, w = draw.rows(m, case.k), draw.weight(case.n * (2 if case.glu else 1), case.k)
+    x, w = draw.rows(m, case.k), draw.weight(case.n * (2 if case.glu else 1), case.k, k=case.k)
     scale, shift = 1 + draw.normal(case.n) / 4, draw.normal(case.n)
     residual, gate = draw.rows(m, case.n), draw.normal(case.n)
     wanted = expected(case, x.double(), w, residual, gate)
@@ -198,14 +152,6 @@ WARPGROUP = {
 }
 
 
-def measure(launch: Callable[[], list[tuple[Tensor, Tensor]]], draw: Draw, runs: int) -> tuple[float, bool, bool]:
-    """The largest distance; whether nothing was written outside of the outputs; whether every run gave the same."""
-    first = launch()
-    same = all(torch.equal(a, b) for _ in range(runs) for (a, _), (b, _) in zip(first, launch(), strict=True))
-    error = torch.tensor([distance(*pair) for pair in first]).max().item()
-    return error, all(bool(margin.isnan().all()) for margin in draw.margins), same
-
-
 # ---- on a GPU ----------------------------------------------------------------------------------------
 
 
@@ -213,12 +159,6 @@ def measure(launch: Callable[[], list[tuple[Tensor, Tensor]]], draw: Draw, runs:
 def hopper_or_later() -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch begins with Hopper")
-
-
-@pytest.fixture
-def hopper() -> None:
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("warpgroup instructions are Hopper's")
 
 
 def rows_of(name: str, *rows: int) -> tuple[int, ...]:
@@ -229,15 +169,12 @@ def rows_of(name: str, *rows: int) -> tuple[int, ...]:
 def check(make: Callable[..., Any], case: Case, m: int, dtype: torch.dtype) -> None:
     seed = int.from_bytes(os.urandom(4), "little")
     draw = Draw("cuda", dtype, seed, case.pad)
-    error, contained, same = measure(make(case, m, draw), draw, 20)
-    assert error < TOLERANCE[dtype], f"seed {seed}"
-    assert contained, "wrote outside of its output"
-    assert same, "runs differ"
+    numerics.check(measure(make(case, m, draw), draw), ROUNDED_ONCE[dtype], f"seed {seed}")
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper_or_later")
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "m"), [(n, m) for n in STREAMING for m in rows_of(n, 10, 1, 7, 15, 16)])
 def test_streaming(name: str, m: int, dtype: torch.dtype) -> None:
     case = STREAMING[name]
@@ -252,7 +189,7 @@ def test_streaming(name: str, m: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "m"), [(n, m) for n in WARPGROUP for m in rows_of(n, 37, 1, 17, 50, 64)])
 def test_warpgroup(name: str, m: int, dtype: torch.dtype) -> None:
     check(group, WARPGROUP[name], m, dtype)
@@ -260,95 +197,17 @@ def test_warpgroup(name: str, m: int, dtype: torch.dtype) -> None:
 
 # ---- compiled without a GPU --------------------------------------------------------------------------
 
-SHARED = {90: 232448, 120: 101376}  # bytes of shared memory that a block may ask for
-REGISTERS = 1 << 16  # of a multiprocessor
-POINTERS = {BF16: "*bf16", F16: "*fp16", torch.float32: "*fp32"}
-HOST_OPTIONS = ("num_warps", "maxnreg", "launch_pdl")
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what its host function would launch."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
-            self.grid, self.args, self.options = grid, args, options
-
-        return launch
-
-    def compile(self, arch: int) -> Any:
-        """The launch as compiled for an architecture: arguments as the runtime would specialise them."""
-        names = self.kernel.arg_names
-        given = dict(zip(names, self.args, strict=False)) | self.options
-        options = {k: given.pop(k) for k in HOST_OPTIONS if given.get(k) is not None}
-        signature, constants, attributes = {}, {}, {}
-        for place, name in enumerate(names):
-            value = given[name]
-            if name in self.options:
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-                if isinstance(value, Tensor) or value % 16 == 0:
-                    attributes[place,] = [["tt.divisibility", 16]]
-        source = GluonASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def record(room: Any, kernel: str, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder(getattr(room, kernel))
-    monkeypatch.setattr(room, kernel, recorder)
-    monkeypatch.setattr(room, "overlaps", lambda: True)
-    return recorder
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A compiler cache of this module's own: every kernel is really compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
-
-
-def usage(cubin: bytes, folder: Path) -> tuple[int, int]:
-    """(registers, bytes of stack) of a thread; zeros where the disassembler is not at hand."""
-    import triton.backends.nvidia as nvidia
-
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-    if not tool.exists():
-        return 0, 0
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    report = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert found, report
-    return int(found[1]), int(found[2])
-
-
-def check_size(recorder: Recorder, arch: int, folder: Path) -> Any:
-    """The compiled launch; fails where it cannot run on the card, or keeps numbers in memory that registers hold."""
-    made = recorder.compile(arch)
-    registers, stack = usage(made.asm["cubin"], folder)
-    assert made.metadata.shared <= SHARED[arch]
-    assert registers * 32 * recorder.options["num_warps"] <= REGISTERS
-    assert stack == 0
-    return made
-
-
 HELD = ["norm, wide", "plain norm", "residual and gate", "gated unit", "long rows", "longest rows"]
 HELD += ["norm of longer rows", "gated unit of longer rows", "bare"]
 TOO_LONG = {"longest rows", "norm of longer rows", "gated unit of longer rows"}  # for a card with 99 KB
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize(("name", "arch"), [(n, a) for n in HELD for a in SHARED if a == 90 or n not in TOO_LONG])
+@pytest.mark.parametrize(("name", "arch"), [(n, a) for n in HELD for a in (90, 120) if a == 90 or n not in TOO_LONG])
 def test_streaming_fits_its_card(name: str, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorder, case = record(streaming, "streaming_kernel", monkeypatch), STREAMING[name]
+    recorder, case = record(streaming, "streaming_kernel", arch, monkeypatch), STREAMING[name]
     stream(case, 10, Draw("cpu", BF16, 0, case.pad))()
-    check_size(recorder, arch, tmp_path)
+    check_fits(recorder.compile(), arch, tmp_path)
     columns = recorder.options["COLUMNS"]
     assert case.n % columns == 0 and recorder.grid == (case.n // columns,)
 
@@ -358,13 +217,14 @@ def test_streaming_fits_its_card(name: str, arch: int, monkeypatch: pytest.Monke
     "name", [n for n, c in WARPGROUP.items() if c.pad == 16 and not n.startswith(("act ", "unit "))]
 )
 def test_warpgroup_fits_its_card(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorder = record(warpgroup, "warpgroup_kernel", monkeypatch)
-    combine, case = record(warpgroup, "combine_kernel", monkeypatch), WARPGROUP[name]
+    recorder = record(warpgroup, "warpgroup_kernel", 90, monkeypatch)
+    combine, case = record(warpgroup, "combine_kernel", 90, monkeypatch), WARPGROUP[name]
     group(case, 50, Draw("cpu", BF16, 0, case.pad))()
-    code = check_size(recorder, 90, tmp_path).asm["ptx"]
-    assert "wgmma.mma_async" in code
+    built = recorder.compile()
+    check_fits(built, 90, tmp_path)
+    assert "wgmma.mma_async" in built.asm["ptx"]
     if case.combined:
-        check_size(combine, 90, tmp_path)
+        check_fits(combine.compile(), 90, tmp_path)
         assert combine.grid == (50,)
 
 
@@ -389,7 +249,7 @@ def test_default_configs_divide_and_fit(glu: bool) -> None:
 def test_streaming_fetches_its_weights_and_nothing_else_before_it_waits(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder, case = record(streaming, "streaming_kernel", monkeypatch), STREAMING[name]
+    recorder, case = record(streaming, "streaming_kernel", 90, monkeypatch), STREAMING[name]
     stream(case, 10, Draw("cpu", BF16, 0, case.pad))()
     check_order(recorder, "w", {"x", *(["residual"] if case.residual else [])}, recorder.options["SHARED"])
 
@@ -399,8 +259,8 @@ def test_streaming_fetches_its_weights_and_nothing_else_before_it_waits(
 def test_warpgroup_fetches_its_weights_and_nothing_else_before_it_waits(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = record(warpgroup, "warpgroup_kernel", monkeypatch)
-    combine, case = record(warpgroup, "combine_kernel", monkeypatch), WARPGROUP[name]
+    recorder = record(warpgroup, "warpgroup_kernel", 90, monkeypatch)
+    combine, case = record(warpgroup, "combine_kernel", 90, monkeypatch), WARPGROUP[name]
     group(case, 50, Draw("cpu", BF16, 0, case.pad))()
     check_order(recorder, "w", {"x"}, True)
     if case.combined:
@@ -410,10 +270,8 @@ def test_warpgroup_fetches_its_weights_and_nothing_else_before_it_waits(
 def check_order(recorder: Recorder, fetched: str, made_before: set[str], copied: bool) -> None:
     """The next kernel may start first of all; until the wait no store, and no load of what earlier kernels made."""
     assert recorder.options["launch_pdl"] is True
-    code = recorder.compile(90).asm["ptx"]
-    start, wait = code.index("griddepcontrol.launch_dependents"), code.index("griddepcontrol.wait")
-    ahead, behind = code[:wait], code[wait:]
-    assert start < wait and not re.search(r"\bst\.global|cp\.async|\bld\.global", code[:start])
+    built = recorder.compile()
+    (ahead, behind), code = around_wait(built, 90), built.asm["ptx"]
     assert not re.search(r"\bst\.global", ahead) and re.search(r"\bst\.global", behind)
     assert ("cp.async.c" in ahead) is copied and "cp.async.c" not in behind
     parameters = {name: i for i, name in enumerate(recorder.kernel.arg_names) if name not in recorder.options}

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from cortexflow.kernels.torch.functions import attention as reference_attention  # noqa: E402
-from cortexflow.kernels.triton import prefill_attention, rows, skinny  # noqa: E402
+from cortexflow.kernels.torch.functions import attention as reference_attention
+from cortexflow.kernels.triton import prefill_attention, rows, skinny
+from tests.kernels.builds import around_wait, check_fits, record
+from tests.kernels.numerics import TOLERANCE, distance, rms
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
 gpu = pytest.mark.gpu
 
 
@@ -29,12 +29,8 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def near(found: Tensor, wanted: Tensor) -> None:
-    distance = float((found.double() - wanted).norm() / wanted.norm())
-    assert distance < TOLERANCE[found.dtype], distance  # NaN is not below anything
-
-
-def rms(x: Tensor) -> Tensor:
-    return x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+    far = distance(found, wanted)
+    assert far < TOLERANCE[found.dtype], far  # NaN is not below anything
 
 
 def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -140,29 +136,13 @@ def test_skinny_norm_and_gated_unit(dtype: torch.dtype, m: int) -> None:
     near(out, F.gelu(y[:, :512], approximate="tanh") * y[:, 512:])
 
 
-SHARED_BYTES = 227 * 1024  # a block's limit on Hopper
-
-
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("warps", [4, 8])
-def test_streaming_products_compile_for_hopper(warps: int) -> None:
-    shape = {"N": 1024, "K": 2048, "ROWS": 16, "BN": 16, "SPLIT": 1, "SLICES": warps}
-    flags = dict.fromkeys(("NORM", "MODULATED", "GLU", "BIAS"), False) | {"RESIDUAL": True, "GATE": True, "ACT": "none"}
-    _compile(skinny.skinny_kernel, shape | flags, 90, warps, 1, parts="*fp32", counters="*i32", eps="fp32")
-
-
-def _compile(kernel, constants: dict, arch: int, warps: int, stages: int, **types: str) -> None:
-    signature = {}
-    for name in kernel.arg_names:
-        pointer = name in ("x", "w", "out", "bias", "residual", "gate", "scale", "shift", "q", "k", "v")
-        signature[name] = types.get(name) or ("constexpr" if name in constants else "*bf16" if pointer else "i32")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(kernel.arg_names)
-        if signature[n] != "constexpr" and n != "eps"
-    }
-    source = ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
-    assert len(made.asm["cubin"]) > 1000
-    assert made.metadata.shared <= SHARED_BYTES
+def test_streaming_products_compile_for_hopper(warps: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = record(skinny, "skinny_kernel", 90, monkeypatch)
+    x, w, (out, residual) = (torch.empty(s, dtype=torch.bfloat16) for s in ((10, 2048), (1024, 2048), (2, 10, 1024)))
+    skinny.skinny(x, w, out, residual=residual, gate=w[:, 0].contiguous(), config=(16, 1, warps, warps))
+    built = recorder.compile()
+    check_fits(built, 90, tmp_path)
+    around_wait(built, 90)
+    assert len(built.asm["cubin"]) > 1000
