@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import itertools
 import json
 import shlex
@@ -271,10 +272,26 @@ def test_run_prints_and_saves_the_actions(checkpoint: Path, output: Callable[...
     q01, q99 = (np.asarray(demo.STATS["actions"][k], np.float32).astype(np.float64) for k in ("q01", "q99"))
     expected = (saved["network"][:, :7].astype(np.float64) + 1) * (q99 - q01) / 2 + q01
     assert np.abs(saved["actions"] - expected).max() < 1e-9
+    from PIL import Image
+
+    if importlib.util.find_spec("matplotlib"):
+        assert f"wrote {tmp_path / 'a.png'}" in text
+        with Image.open(tmp_path / "a.png") as plot:
+            assert plot.width > 500 and len(plot.convert("RGB").getcolors(1 << 20) or []) > 10
     output(*argv, "--target", "onnx", "--save", str(tmp_path / "b"))
     other = np.load(tmp_path / "b.npz")
     assert np.array_equal(other["noise"], saved["noise"])
     assert np.abs(other["network"] - saved["network"]).max() < 1e-4
+
+
+def test_run_saves_without_matplotlib(
+    checkpoint: Path, output: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "plot_actions", lambda actions, path: False)
+    argv = ["run", str(checkpoint), *IMAGES, "--prompt", "pick", "--state", STATE, "--steps", "1"]
+    text = output(*argv, "--save", str(tmp_path / "a.npz"))
+    assert "a.npz" in text and ".png" not in text.split("Latency")[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
 
 
 def test_every_input_of_run_reaches_the_policy(checkpoint: Path, output: Callable[..., str], tmp_path: Path) -> None:
@@ -485,7 +502,11 @@ def test_arguments_that_argparse_refuses(capsys: pytest.CaptureFixture[str]) -> 
             cli.main(argv)
         assert stop.value.code == 2
     assert "usage: cortexflow" in capsys.readouterr().err
-    for argv in (["--help"], ["--version"], *([name, "--help"] for name in ("inspect", "compile", "run", "diff"))):
+    for argv in (
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("inspect", "compile", "run", "bench", "doctor", "diff")),
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(argv)
         assert stop.value.code == 0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cortexflow.checkpoints import lerobot, realtime_vla
+from cortexflow.checkpoints import lerobot, orbax, realtime_vla
 from cortexflow.checkpoints.config import infer_config, override_facts
 from cortexflow.checkpoints.dialects import Facts, read_config
 from cortexflow.checkpoints.doctor import likely_reasons
@@ -34,7 +34,7 @@ class Checkpoint:
     """A checkpoint as the rest of CortexFlow sees it: canonical tensors and the configuration they tell."""
 
     path: Path | None
-    format: str  # "lerobot", "openpi" or "realtime-vla"
+    format: str  # "lerobot", "openpi", "openpi-jax" or "realtime-vla"
     family: VLAModelType
     config: ModelConfig
     tensors: dict[str, LazyTensor]
@@ -73,7 +73,8 @@ class Checkpoint:
 
 def _read(path: Path, allow_pickle: bool) -> dict[str, LazyTensor]:
     if path.is_dir():
-        return read_directory(path)
+        place = None if any(path.glob("*.safetensors*")) else orbax.find_params(path)
+        return orbax.read_params(place) if place else read_directory(path)
     if path.is_file():
         if path.suffix in TORCH_SUFFIXES:
             return read_torch_file(path, allow_pickle=allow_pickle)
@@ -81,8 +82,9 @@ def _read(path: Path, allow_pickle: bool) -> dict[str, LazyTensor]:
             raise CheckpointError(f"{path}: expected weights, found a JSON file; pass its directory: {path.parent}")
         return read_safetensors(path)
     raise CheckpointError(
-        f"{path}: expected a checkpoint directory (with *.safetensors.index.json, model.safetensors or *.safetensors), "
-        "a .safetensors file, or a .pt or .pkl file of realtime-vla; there is nothing at this path"
+        f"{path}: expected a checkpoint directory (with *.safetensors.index.json, model.safetensors or *.safetensors, "
+        "or with openpi's params/), a .safetensors file, or a .pt or .pkl file of realtime-vla; there is nothing at "
+        "this path"
     )
 
 
@@ -129,11 +131,16 @@ def _build(
         fixed, fixed_prompt = converted.fixed, converted.fixed_prompt
         tensors, name, family = converted.tensors, "realtime-vla", converted.family
     else:
-        tensors, skipped = lerobot.canonical_tensors(stored)
+        from_jax = any(name.startswith(orbax.MARK) for name in stored)
+        if from_jax:
+            tree = orbax.convert(stored)
+            tensors, fixed, notes = tree.tensors, tree.facts, tree.notes
+        else:
+            tensors, skipped = lerobot.canonical_tensors(stored)
         found = detect_family(tensors)
         if found is None:
             raise CheckpointError(
-                "expected a checkpoint of π0 or π0.5 (tensors of LeRobot, openpi's PyTorch port or realtime-vla), "
+                "expected a checkpoint of π0 or π0.5 (tensors of LeRobot, openpi or realtime-vla), "
                 f"found {len(stored)} tensors such as {', '.join(list(stored)[:4])}{_because(tensors)}"
             )
         family = found
@@ -141,7 +148,12 @@ def _build(
         if config_json is not None:
             dialect, said = read_config(config_json, config_where)
             layers += said
+        layers.append(fixed)
         name = "lerobot" if lerobot.has_prefix(stored) or dialect == "lerobot" else "openpi"
+        if from_jax:
+            name = "openpi-jax"
+            if not any("chunk_size" in layer for layer in layers):
+                notes.append("chunk_size: no file of this format tells the action horizon; 10 is assumed (--chunk N)")
     shapes = {n: t.shape for n, t in tensors.items()}
     config = infer_config(family, shapes, layers, notes, fixed=fixed, explain=lambda: _because(tensors))
     return Checkpoint(path, name, family, config, tensors, notes, skipped, fixed_prompt)
@@ -167,5 +179,7 @@ def open_checkpoint(
         return build_checkpoint(from_mapping(source), config_overrides=config_overrides)
     path = Path(source).expanduser()
     stored = _read(path, allow_pickle)
+    if path.name == "params" and any(name.startswith(orbax.MARK) for name in stored):
+        path = path.parent  # where openpi keeps the statistics
     config_json, where = _config_beside(path) if realtime_vla.MARK not in stored else (None, "")
     return build_checkpoint(stored, config_json, path=path, config_where=where, config_overrides=config_overrides)

@@ -222,11 +222,11 @@ def _what_is_there(directory: Path) -> str:
     looked = "looked for *.safetensors.index.json, model.safetensors and *.safetensors, found none"
     if (directory / "pretrained_model").is_dir():
         return f"{looked}. LeRobot keeps the weights one level down: pass {directory / 'pretrained_model'}"
-    if (directory / "params").is_dir() or (directory / "_METADATA").is_file():
-        return (
-            f"{looked}. This is openpi's JAX checkpoint: convert it with openpi's "
-            "examples/convert_jax_model_to_pytorch.py and pass the result"
-        )
+    steps = sorted((p.name for p in directory.iterdir() if p.name.isdecimal() and (p / "params").is_dir()), key=int)
+    if steps:
+        return f"{looked}. openpi keeps one checkpoint for each training step: pass {directory / steps[-1]}"
+    if (directory / "params").is_dir() or any(directory.glob("ocdbt.process_*")):
+        return f"{looked}. openpi's JAX checkpoint has _METADATA and manifest.ocdbt in params/: the copy is incomplete"
     torch_files = sorted(p.name for p in directory.iterdir() if p.suffix in {".pt", ".pth", ".pkl", ".bin"})
     if torch_files:
         return f"{looked}, but {', '.join(torch_files[:5])}: pass that file itself"

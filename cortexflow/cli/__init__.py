@@ -11,14 +11,17 @@ from pathlib import Path
 
 import cortexflow
 from cortexflow.cli.arguments import PROMPT, add_lowering, add_observation, add_signature, add_target
+from cortexflow.codegen import TARGETS
 from cortexflow.errors import CortexFlowError
 
 DESCRIPTION = """\
 CortexFlow compiles Vision-Language-Action policies. CHECKPOINT is a directory of LeRobot or openpi
-(PyTorch), a .safetensors file, or a .pt file of realtime-vla."""
+(PyTorch or JAX), a .safetensors file, or a .pt file of realtime-vla."""
 EPILOG = """\
 examples:
   cortexflow inspect checkpoints/pi05
+  cortexflow doctor checkpoints/pi05
+  cortexflow bench checkpoints/pi05 --backend all
   cortexflow run checkpoints/pi05 --image base=base.png --image wrist=wrist.png \\
       --prompt "pick up the red cube" --state 0.1,0.2,0.3
   cortexflow compile checkpoints/pi05 --target onnx -o build/
@@ -90,6 +93,14 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="the same as JSON")
     sub = command(
+        "doctor",
+        "say whether a checkpoint can run on this machine, and if not, why (reads every weight)",
+        "example:\n  cortexflow doctor checkpoints/pi05 --quick --json\n\n"
+        "The exit code is 0 where it can run, and 2 where it cannot, with the reasons.",
+    )
+    sub.add_argument("--quick", action="store_true", help="do not look for NaN and infinity: reads no weights")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
+    sub = command(
         "compile",
         "compile a checkpoint and write the result",
         "example:\n  cortexflow compile checkpoints/pi05 --target onnx --views 2 --steps 5 -o build/",
@@ -110,7 +121,22 @@ def parser() -> argparse.ArgumentParser:
     add_target(sub)
     add_signature(sub)
     add_observation(sub)
-    sub.add_argument("--save", type=Path, metavar="FILE.npz", help="write the actions there")
+    sub.add_argument("--save", type=Path, metavar="FILE.npz", help="write the actions there, and a plot beside it")
+    sub = command(
+        "bench",
+        "measure backends against each other: latency, memory, agreement",
+        "examples:\n"
+        "  cortexflow bench checkpoints/pi05 --backend all\n"
+        "  cortexflow bench checkpoints/pi05 --backend torch --dtype bfloat16 --device cuda --runs 100",
+    )
+    sub.add_argument("--backend", default="all", metavar="NAME", help=f"all (default), {', '.join(TARGETS)}")
+    sub.add_argument("--runs", type=int, default=20, metavar="N", help="of each backend, after one to warm up")
+    sub.add_argument("--dtype", help="float32, bfloat16, float16 (default: float32; bfloat16 for triton)")
+    sub.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda where there is a GPU)")
+    add_signature(sub, "--prompt")
+    sub.add_argument("--batch", type=int, default=1, metavar="N", help="observations per call (default 1)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the random observation (default 0)")
+    sub.add_argument("--json", action="store_true", help="the same as JSON")
     sub = command(
         "dump",
         "print the IR as a target gets it, or after a pass (reads no weights)",

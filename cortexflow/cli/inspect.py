@@ -143,11 +143,12 @@ def _run_command(checkpoint: Checkpoint, signature: Signature, size: int, found:
     return " ".join([shlex.join(words), *(argument for argument, there in found.items() if not there)])
 
 
-def _described(facts: Mapping[str, Any]) -> str:
+def dimensions(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint is and how large, for two columns."""
     c, s = facts["config"], facts["signature"]
     heads = f"{c['num_heads']} heads of {c['head_dim']}"
     dtypes = facts["dtypes"]
-    what = {
+    return {
         "format": FORMATS[facts["format"]],
         "family": FAMILIES.get(facts["family"], facts["family"]),
         "stored as": ", ".join(f"{name}" if len(dtypes) == 1 else f"{name} ({n:,})" for name, n in dtypes.items()),
@@ -161,7 +162,10 @@ def _described(facts: Mapping[str, Any]) -> str:
         f" {s['steps']} flow steps",
         "cameras": ", ".join(facts["cameras"]),
     }
-    parts = [heading(facts["path"]), pairs(what)]
+
+
+def _described(facts: Mapping[str, Any]) -> str:
+    parts = [heading(facts["path"]), pairs(dimensions(facts))]
     rows = [
         (r["name"], f"{r['ops']:,}", f"{r['parameters']:,}", size_text(r["bytes"]), f"{r['flops'] / 1e9:,.3f}")
         for r in facts["stages"]

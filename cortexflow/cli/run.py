@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cortexflow.cli.arguments import compiled, images, numbers, opened, signature_of
+from cortexflow.cli.arguments import compiled, images, numbers, opened, say, signature_of
 from cortexflow.cli.text import action_table, heading, pairs, table
 from cortexflow.models import create_model
 from cortexflow.observation import Frontend, find_camera, load_frontend, model_inputs, robot_actions
@@ -18,6 +18,8 @@ from cortexflow.observation import Frontend, find_camera, load_frontend, model_i
 
 def execute(args: argparse.Namespace) -> int:
     """One observation in, actions and times out."""
+    from cortexflow.demo import plot_actions  # which uses this module
+
     pictures, state = images(args.image), numbers(args.state)
     checkpoint = opened(args)
     signature = signature_of(args, checkpoint)
@@ -42,6 +44,11 @@ def execute(args: argparse.Namespace) -> int:
         path = args.save if args.save.suffix == ".npz" else args.save.with_name(args.save.name + ".npz")
         np.savez(path, actions=actions, network=chunk[0].float().cpu().numpy(), noise=inputs["noise"][0].numpy())
         print(f"\nwrote {path}: actions (the robot's units), network (normalised), noise")
+        plot = path.with_suffix(".png")
+        if plot_actions(actions, plot):
+            print(f"wrote {plot}: the chunk, a picture for each value")
+        else:
+            say(args, "no plot: matplotlib is not installed")
     return 0
 
 

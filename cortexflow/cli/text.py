@@ -9,7 +9,12 @@ from typing import Any
 from numpy.typing import NDArray
 
 FAMILIES = {"pi0": "π0", "pi05": "π0.5"}
-FORMATS = {"lerobot": "LeRobot", "openpi": "openpi (PyTorch)", "realtime-vla": "realtime-vla"}
+FORMATS = {
+    "lerobot": "LeRobot",
+    "openpi": "openpi (PyTorch)",
+    "openpi-jax": "openpi (JAX)",
+    "realtime-vla": "realtime-vla",
+}
 
 
 def heading(title: str) -> str:
