@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -22,7 +21,7 @@ from cortexflow.kernels.triton import product as room
 from cortexflow.kernels.triton.product import Config
 from tests.kernels import numerics
 from tests.kernels.builds import ACCESS, SHARED, around_wait, check_fits, disassembler, record
-from tests.kernels.numerics import ACTS, BF16, EPS, F16, F32, NAN, TOLERANCE, Draw, Measured, interpret, measure, rms
+from tests.kernels.numerics import ACTS, BF16, F16, F32, NAN, TOLERANCE, Draw, Measured, interpret, measure
 
 
 class Case(NamedTuple):
@@ -36,58 +35,35 @@ class Case(NamedTuple):
     bias: bool = False
     residual: bool = False
     gate: bool = False
-    glu: str = "none"  # halves or pairs
-    norm: str = "none"  # rms or layer
+    pairs: bool = False
     in_place: bool = False
-    then: str = "none"  # the norm of the result: rms or layer
 
 
 def run(case: Case, device: str, dtype: torch.dtype, seed: int) -> Measured:
     draw = Draw(device, dtype, seed)
     m, k, n = case.m, case.k, case.n
-    wide = n if case.glu == "none" else 2 * n
+    wide = 2 * n if case.pairs else n
     x, w, bias = draw.rows(m, k), draw.weight(k, wide, k=k), draw.normal(wide)
-    if case.norm == "layer":
-        x += 1  # a mean that matters
     residual, gate = draw.rows(m, n), draw.normal(n)
-    scales, means = torch.full((2, m), NAN, device=device)
-    if case.norm != "none":
-        room.row_scales(x, scales, EPS, means if case.norm == "layer" else None)
 
-    y = x.double()
-    if case.norm == "rms":
-        y = rms(y)
-    elif case.norm == "layer":
-        y = F.layer_norm(y, (k,), eps=EPS)
-    y = y @ w.double()
+    y = x.double() @ w.double()
     y = y + bias.double() if case.bias else y
-    if case.glu == "halves":
-        y = ACTS[case.act](y[:, :n]) * y[:, n:]
-    elif case.glu == "pairs":
-        y = ACTS[case.act](y[:, ::2]) * y[:, 1::2]
-    else:
-        y = ACTS[case.act](y)
+    y = ACTS[case.act](y[:, ::2]) * y[:, 1::2] if case.pairs else ACTS[case.act](y)
     y = y * gate.double() if case.gate else y
     y = y + residual.double() if case.residual else y
 
-    behind = F.layer_norm(y, (n,), eps=EPS) if case.then == "layer" else rms(y)
-
     def launch() -> list[tuple[Tensor, Tensor]]:
-        whole = draw.poisoned(m if case.then == "none" else 2 * m, n)
-        out, normed = whole[:m], whole[m:]
+        out = draw.poisoned(m, n)
         if case.in_place:
             out.copy_(residual)
         split = case.config.split if case.config else 1
         room.product(
             x, w, out, bias=bias if case.bias else None, act=case.act,
             residual=None if not case.residual else out if case.in_place else residual,
-            gate=gate if case.gate else None, glu=case.glu == "halves", pairs=case.glu == "pairs",
-            row_scale=None if case.norm == "none" else scales, row_mean=means if case.norm == "layer" else None,
-            column_sums=w.float().sum(0) if case.norm == "layer" else None,
-            normed=None if case.then == "none" else normed, eps=EPS, centred=case.then == "layer",
+            gate=gate if case.gate else None, pairs=case.pairs,
             scratch=torch.full((split * m * n,), NAN, device=device), config=case.config,
         )  # fmt: skip
-        return [(out, y)] if case.then == "none" else [(out, y), (normed, behind)]
+        return [(out, y)]
 
     return measure(launch, draw)
 
@@ -105,37 +81,22 @@ SMALL = {
     **{f"everything {a}": Case(9, 20, 12, TINY, a, True, True, True) for a in ACTS},
     "residual in place": Case(37, 24, 20, TINY, residual=True, in_place=True),
     "split, residual in place": Case(21, 24, 20, TINY._replace(split=2), gate=True, residual=True, in_place=True),
-    "halves": Case(37, 24, 20, TINY, "gelu_tanh", True, True, True, "halves"),
-    "halves transposed": Case(37, 24, 20, TINY._replace(swap=True), "silu", True, glu="halves"),
-    "pairs": Case(37, 24, 20, TINY, "gelu_tanh", True, glu="pairs"),
-    "pairs, not aligned": Case(17, 21, 19, TINY, "silu", glu="pairs"),
-    "rms norm": Case(37, 24, 20, TINY, norm="rms"),
-    "layer norm": Case(37, 24, 20, TINY._replace(swap=True), bias=True, norm="layer"),
-    "layer norm, split": Case(37, 24, 20, TINY._replace(split=2), "gelu_tanh", True, norm="layer"),
-    "normed after": Case(9, 24, 20, TINY, residual=True, then="layer"),
-    "normed after, split": Case(9, 36, 20, TINY._replace(split=3), residual=True, in_place=True, then="rms"),
-    "centred after, split": Case(9, 36, 21, TINY._replace(split=2), "none", True, True, then="layer"),
-    "rms norm, halves": Case(37, 24, 20, TINY, "silu", norm="rms", glu="halves"),
-    "layer norm, pairs": Case(37, 24, 20, TINY, "silu", True, norm="layer", glu="pairs"),
+    "pairs": Case(37, 24, 20, TINY, "gelu_tanh", True, True, True, True),
+    "pairs transposed": Case(37, 24, 20, TINY._replace(swap=True), "silu", True, pairs=True),
+    "pairs, not aligned": Case(17, 21, 19, TINY, "silu", pairs=True),
+    "pairs, one tile after another": Case(37, 20, 36, TINY._replace(more=0, resident=1), "silu", pairs=True),
 }  # fmt: skip
 LARGE = {
-    "qkv": Case(560, 2048, 2560, norm="rms"),
+    "qkv": Case(560, 2048, 2560),
     "down": Case(560, 16384, 2048, residual=True, in_place=True),
-    "gate and up": Case(560, 2048, 16384, None, "gelu_tanh", glu="halves", norm="rms"),
-    "fc1": Case(512, 1152, 4304, None, "gelu_tanh", True, norm="layer"),
+    "gate and up": Case(560, 2048, 16384, None, "gelu_tanh", pairs=True),
+    "fc1": Case(512, 1152, 4304, None, "gelu_tanh", True),
     "patches": Case(512, 588, 1152, bias=True),
-    "split and normed": Case(560, 2048, 2048, Config(64, 0, 64, 32, 3), residual=True, then="rms"),
-    "split and centred": Case(
-        512, 4304, 1152, Config(64, 0, 64, 32, 3), bias=True, residual=True, in_place=True, then="layer"
-    ),
+    "split": Case(512, 4304, 1152, Config(64, 0, 64, 32, 3), bias=True, residual=True, in_place=True),
     "odd": Case(77, 333, 451, None, "silu", True, True, True),
-    "odd halves": Case(77, 333, 451, None, "silu", True, glu="halves"),
+    "odd pairs": Case(77, 333, 451, None, "silu", True, pairs=True),
 }
-TILES = [
-    *((c._replace(split=s), "none") for c in room.PLAIN for s in (1, 3)),
-    *((c, "halves") for c in room.HALVES),
-    *((c, "pairs") for c in room.PAIRS),
-]  # fmt: skip
+TILES = [*((c._replace(split=s), False) for c in room.PLAIN for s in (1, 3)), *((c, True) for c in room.PAIRS)]
 
 
 # ---- under Triton's interpreter ----------------------------------------------------------------------
@@ -152,7 +113,7 @@ def test_small_products(name: str, interpreted: dict[str, Measured]) -> None:
 def test_refusals() -> None:
     x, w, out = torch.zeros(4, 64), torch.zeros(64, 32), torch.zeros(4, 16)
     with pytest.raises(ValueError, match="not split"):
-        room.product(x, w, out, glu=True, config=Config(split=2))
+        room.product(x, w, out, pairs=True, config=Config(split=2))
     with pytest.raises(ValueError, match="scratch"):
         room.product(x, w[:, :16], out, config=Config(split=2), scratch=torch.zeros(5))
     with pytest.raises(ValueError, match="dense"):
@@ -160,12 +121,12 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("m", [1, 512, 560, 968, 4480])
-@pytest.mark.parametrize(("k", "n", "glu"), [(2048, 16384, True), (16384, 2048, False), (588, 1152, False)])
-def test_candidates(m: int, k: int, n: int, glu: bool) -> None:
-    found = room.candidates(m, n, k, glu)
+@pytest.mark.parametrize(("k", "n", "pairs"), [(2048, 16384, True), (16384, 2048, False), (588, 1152, False)])
+def test_candidates(m: int, k: int, n: int, pairs: bool) -> None:
+    found = room.candidates(m, n, k, pairs)
     assert 1 < len(found) <= 8
     assert len(set(found)) == len(found)
-    assert not glu or all(c.split == 1 for c in found)
+    assert not pairs or all(c.split == 1 for c in found)
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------
@@ -194,24 +155,11 @@ def test_large_products_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize(("config", "glu"), TILES, ids=str)
-def test_tiles_on_a_gpu(config: Config, glu: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("config", "pairs"), TILES, ids=str)
+def test_tiles_on_a_gpu(config: Config, pairs: bool, dtype: torch.dtype) -> None:
     if torch.cuda.get_device_properties(0).shared_memory_per_block_optin < SHARED[90]:
         pytest.skip("tiles for Hopper")
-    check(Case(333, 1152, 584, config, "gelu_tanh", True, True, glu=glu, norm="rms"), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("centred", [False, True])
-def test_row_scales_on_a_gpu(centred: bool) -> None:
-    x = torch.randn(333, 1160, device="cuda").add(1).to(BF16)[:, :1152]
-    scales, means = torch.full((2, 333), float("nan"), device="cuda")
-    room.row_scales(x, scales, EPS, means if centred else None)
-    y = x.double()
-    if centred:
-        torch.testing.assert_close(means.double(), y.mean(-1), rtol=1e-5, atol=1e-5)
-        y = y - y.mean(-1, keepdim=True)
-    torch.testing.assert_close(scales.double(), (y.square().mean(-1) + EPS).rsqrt(), rtol=1e-5, atol=0)
+    check(Case(333, 1152, 584, config, "gelu_tanh", True, True, pairs=pairs), dtype)
 
 
 # ---- compiled without a GPU --------------------------------------------------------------------------
@@ -219,17 +167,16 @@ def test_row_scales_on_a_gpu(centred: bool) -> None:
 STACK = {80: 0, 89: 0, 90: 0, 120: 8}  # bytes a thread, spills not among them: descriptors take 8 on sm_120
 LAUNCHES: dict[str, tuple[torch.dtype, Case]] = {
     "residual": (BF16, Case(65, 2048, 2048, bias=True, residual=True)),
-    "halves": (BF16, Case(65, 2048, 1024, None, "gelu_tanh", glu="halves", norm="rms")),
+    "pairs": (BF16, Case(65, 2048, 1024, None, "gelu_tanh", pairs=True)),
     "patches": (BF16, Case(65, 588, 1152, bias=True)),
-    "finish": (BF16, Case(65, 2048, 2048, Config(128, 0, 64, 32, split=4), residual=True, then="rms")),
+    "finish": (BF16, Case(65, 2048, 2048, Config(128, 0, 64, 32, split=4), residual=True)),
     "f32": (F32, Case(65, 64, 64, None, "gelu_tanh", True, True)),
 }
 
 
 def build(case: Case, dtype: torch.dtype, arch: int, monkeypatch: pytest.MonkeyPatch, part: str = "") -> Any:
     """What a product would launch on an architecture, compiled: its tiles, or what finishes their parts."""
-    kernels = "product_kernel", "finish_kernel", "row_scales_kernel"
-    product, finish, _ = (record(room, kernel, arch, monkeypatch) for kernel in kernels)
+    product, finish = (record(room, kernel, arch, monkeypatch) for kernel in ("product_kernel", "finish_kernel"))
     monkeypatch.setattr(room, "_card", lambda device: (132, SHARED[arch]))
     run(case, "cpu", dtype, 0)
     return (finish if part == "finish" else product).compile()
@@ -246,22 +193,20 @@ def test_default_tiles_fit_their_card(launch: str, arch: int, monkeypatch: Any, 
     assert not re.search(ACCESS, ahead), "reads or writes before it waits"
 
 
-QUICK = [*room.PLAIN[:1], *room.HALVES[:1], *room.PAIRS[:1]]
+QUICK = (room.PLAIN[0], False), (room.PAIRS[0], True)
 
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
-    ("config", "glu"),
-    [pytest.param(c, g, marks=[] if c in QUICK and c.split == 1 else [pytest.mark.slow]) for c, g in TILES],
+    ("config", "pairs"),
+    [pytest.param(*tile, marks=[] if tile in QUICK else [pytest.mark.slow]) for tile in TILES],
     ids=str,
 )
 def test_tiles_feed_the_tensor_cores_from_shared_memory(
-    config: Config, glu: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    config: Config, pairs: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On Hopper: no spill, TMA loads, asynchronous products that nothing serialises."""
-    case = Case(65, 2048, 256, config, residual=True)
-    if glu != "none":
-        case = case._replace(residual=False, act="gelu_tanh", glu=glu, norm="rms")
+    case = Case(65, 2048, 256, config, "gelu_tanh" if pairs else "none", residual=not pairs, pairs=pairs)
     built = build(case, BF16, 90, monkeypatch)
     check_fits(built, 90, tmp_path)
     assert "cp.async.bulk.tensor" in built.asm["ptx"]

@@ -3,9 +3,9 @@
 A program holds `rows + more` rows of the result (128 + 64 pads 560 rows to 576, where tiles of 128 pad them to
 640); both pieces use the same block of the weight. Blocks arrive through tensor descriptors (TMA on Hopper) where
 rows start on multiples of 16 bytes, else through pointers. Where tiles are too few to fill the card, the inner
-extent is split: the parts go to float32 scratch, and a second kernel adds them in a fixed order.
-A norm before the product is a scale of its rows: rms(x) @ w = r · (x @ w), and for a layer norm
-r · (x @ w - mean · column sums of w); its weight belongs in w, its shift in the bias.
+extent is split: the parts go to float32 scratch, and a second kernel adds them in a fixed order. Bias, activation,
+gate and residual are applied before the result is rounded, and so is a gated unit: its weight holds pairs, a gate
+column beside its up column, so that one accumulator holds both factors of an entry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
-from cortexflow.kernels.triton.rows import layer_norm, rms_norm
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -72,17 +71,6 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _normed(acc, rows, columns, there, scales, means, sums, M, NORM: tl.constexpr):
-    """The norm of the product's rows, folded."""
-    if NORM == "layer":
-        mean = tl.load(means + rows, mask=rows < M, other=0.0)
-        acc -= mean[:, None] * tl.load(sums + columns, mask=there, other=0.0)[None, :]
-    if NORM != "none":
-        acc *= tl.load(scales + rows, mask=rows < M, other=0.0)[:, None]
-    return acc
-
-
-@triton.jit
 def _activated(x, KIND: tl.constexpr):
     """`activate`, with 1 / (1 + e) = rsqrt(1 + e)²: the division would be a third of a gated tile's epilogue."""
     if KIND == "gelu_tanh":
@@ -98,25 +86,23 @@ def _activated(x, KIND: tl.constexpr):
 
 @triton.jit
 def _finish(
-    acc, up, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, NORM: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    acc, up, row, column, out, bias, residual, gate, M, N, out_row, residual_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Norm, bias, activation, unit, gate and residual, then the store; rounded once, and returned."""
+    """Bias, activation, unit, gate and residual, then the store, rounded once."""
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     there = columns < N
     inside = (rows < M)[:, None] & there[None, :]
-    own, other = columns, N + columns  # where a column of the result and its factor stand in w
-    if GLU == "pairs":
-        own, other = 2 * columns, 2 * columns + 1
-    acc = _normed(acc, rows, own, there, scales, means, sums, M, NORM)
+    own = columns  # where a column of the result stands in w
+    if GLU:
+        own = 2 * columns
     if BIAS:
         acc += tl.load(bias + own, mask=there, other=0.0).to(tl.float32)[None, :]
     acc = _activated(acc, ACT)
-    if GLU != "none":
-        up = _normed(up, rows, other, there, scales, means, sums, M, NORM)
+    if GLU:
         if BIAS:
-            up += tl.load(bias + other, mask=there, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + own + 1, mask=there, other=0.0).to(tl.float32)[None, :]
         acc *= up
     if GATE:
         acc *= tl.load(gate + columns, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -124,28 +110,25 @@ def _finish(
         place = residual + rows.to(tl.int64)[:, None] * residual_row + columns[None, :]
         acc += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     place = out + rows.to(tl.int64)[:, None] * out_row + columns[None, :]
-    rounded = acc.to(out.dtype.element_ty)
-    tl.store(place, rounded, mask=inside)
-    return rounded
+    tl.store(place, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def product_kernel(
-    x, x_more, w, out, parts, bias, residual, gate, scales, means, sums,
-    M, N, K, x_row, w_row, out_row, residual_row,
+    x, x_more, w, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
-    EXACT: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    EXACT: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of ROWS + MORE rows and COLUMNS columns, one after another: whole, or one part of K in float32."""
     let_next_start()
     wait_for_previous()
     down, across = tl.cdiv(M, ROWS + MORE), tl.cdiv(N, COLUMNS)
     extent = tl.cdiv(tl.cdiv(K, DEPTH), SPLIT) * DEPTH
-    WIDE: tl.constexpr = 2 * COLUMNS if GLU == "pairs" else COLUMNS
+    WIDE: tl.constexpr = 2 * COLUMNS if GLU else COLUMNS
     width = N
-    if GLU != "none":
+    if GLU:
         width = 2 * N
     begin = tl.program_id(0)
     end, step = begin + 1, 1
@@ -161,10 +144,6 @@ def product_kernel(
         acc = _zeros(ROWS, WIDE, SWAP)
         if MORE:
             acc_more = _zeros(MORE, WIDE, SWAP)
-        if GLU == "halves":
-            up = _zeros(ROWS, COLUMNS, SWAP)
-            if MORE:
-                up_more = _zeros(MORE, COLUMNS, SWAP)
         for k in tl.range(part * extent, min((part + 1) * extent, K), DEPTH):
             b = _block(w, k, column * (WIDE // COLUMNS), K, width, w_row, DEPTH, WIDE, W_ALIGN)
             a = _block(x, row, k, M, K, x_row, ROWS, DEPTH, X_ALIGN)
@@ -172,45 +151,36 @@ def product_kernel(
             if MORE:
                 a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
                 acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
-            if GLU == "halves":
-                c = _block(w, k, N + column, K, width, w_row, DEPTH, COLUMNS, W_ALIGN)
-                up = _add(a, c, up, SWAP, EXACT)
-                if MORE:
-                    up_more = _add(a_more, c, up_more, SWAP, EXACT)
 
-        if GLU != "halves":
-            up = acc
-            if MORE:
-                up_more = acc_more
-        _store(acc, up, row, column, part, out, parts, bias, residual, gate, scales, means, sums, M, N, out_row,
-               residual_row, ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+        _store(acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
+               ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
         if MORE:
-            _store(acc_more, up_more, row + ROWS, column, part, out, parts, bias, residual, gate, scales, means, sums,
-                   M, N, out_row, residual_row, MORE, COLUMNS, SPLIT, SWAP, ACT, GLU, NORM, BIAS, RESIDUAL,
-                   GATE)  # fmt: skip
+            _store(acc_more, row + ROWS, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
+                   MORE, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
 
 
 @triton.jit
 def _store(
-    acc, up, row, column, part, out, parts, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
+    acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr, ACT: tl.constexpr,
-    GLU: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """One piece of a tile: finished, or as a part."""
     if SWAP:
-        acc, up = tl.trans(acc), tl.trans(up)
-    if GLU == "pairs":
+        acc = tl.trans(acc)
+    up = acc
+    if GLU:
         acc, up = tl.split(tl.reshape(acc, (ROWS, COLUMNS, 2)))
-    if SPLIT == 1 and RESIDUAL and GLU == "none" and ROWS * COLUMNS >= 32768:
+    if SPLIT == 1 and RESIDUAL and not GLU and ROWS * COLUMNS >= 32768:
         HALF: tl.constexpr = COLUMNS // 2  # the residual of one half at a time: both would not fit the registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
-        _finish(left, left, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
-                ROWS, HALF, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
-        _finish(right, right, row, column + HALF, out, bias, residual, gate, scales, means, sums, M, N, out_row,
-                residual_row, ROWS, HALF, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+        _finish(left, left, row, column, out, bias, residual, gate, M, N, out_row, residual_row,
+                ROWS, HALF, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
+        _finish(right, right, row, column + HALF, out, bias, residual, gate, M, N, out_row, residual_row,
+                ROWS, HALF, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
     elif SPLIT == 1:
-        _finish(acc, up, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
-                ROWS, COLUMNS, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
+        _finish(acc, up, row, column, out, bias, residual, gate, M, N, out_row, residual_row,
+                ROWS, COLUMNS, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
     else:
         rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         place = parts + (rows + part * M).to(tl.int64)[:, None] * N + columns[None, :]
@@ -219,27 +189,20 @@ def _store(
 
 @triton.jit
 def finish_kernel(
-    out, normed, parts, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row, normed_row, eps,
-    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, THEN: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    out, parts, bias, residual, gate, M, N, out_row, residual_row,
+    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATE: tl.constexpr,
 ):  # fmt: skip
-    """A piece of a row: the sum of the parts in their order, finished; a whole row where it is then normed too."""
+    """A piece of a row: the sum of the parts in their order, finished."""
     let_next_start()
     wait_for_previous()
     row, column = tl.program_id(0), tl.program_id(1) * COLUMNS
     columns = column + tl.arange(0, COLUMNS)[None, :]
-    there = columns < N
     acc = tl.zeros((1, COLUMNS), tl.float32)
     for part in tl.static_range(SPLIT):
-        acc += tl.load(parts + (row + part * M).to(tl.int64) * N + columns, mask=there, other=0.0)
-    v = _finish(acc, acc, row, column, out, bias, residual, gate, scales, means, sums, M, N, out_row, residual_row,
-                1, COLUMNS, ACT, GLU, NORM, BIAS, RESIDUAL, GATE)  # fmt: skip
-    if THEN != "none":
-        v = tl.where(there, v.to(tl.float32), 0.0)
-        if THEN == "layer":
-            v = tl.where(there, v - tl.sum(v, axis=1, keep_dims=True) / N, 0.0)
-        v *= tl.rsqrt(tl.sum(v * v, axis=1, keep_dims=True) / N + eps)
-        tl.store(normed + row.to(tl.int64) * normed_row + columns, v.to(normed.dtype.element_ty), mask=there)
+        acc += tl.load(parts + (row + part * M).to(tl.int64) * N + columns, mask=columns < N, other=0.0)
+    _finish(acc, acc, row, column, out, bias, residual, gate, M, N, out_row, residual_row,
+            1, COLUMNS, ACT, False, BIAS, RESIDUAL, GATE)  # fmt: skip
 
 
 @cache
@@ -268,33 +231,24 @@ def product(
     act: str = "none",
     residual: Tensor | None = None,
     gate: Tensor | None = None,
-    glu: bool = False,
     pairs: bool = False,
-    row_scale: Tensor | None = None,
-    row_mean: Tensor | None = None,
-    column_sums: Tensor | None = None,
-    normed: Tensor | None = None,
-    eps: float = 0.0,
-    centred: bool = False,
     scratch: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
-    """out [m, n] = residual + gate · act(norm(x) [m, k] @ w [k, n] + bias); bias and gate [n].
+    """out [m, n] = residual + gate · act(x [m, k] @ w [k, n] + bias); bias and gate [n].
 
-    With `glu`, w is [k, 2 n] (gate columns, then up columns; with `pairs` a gate column beside its up column; bias
-    likewise), and the activation becomes act(gate) · up. `row_scale` f32 [m] multiplies the rows of x @ w;
-    `row_mean` f32 [m] times `column_sums` f32 [n or 2 n] of w is taken from them before. Rows of x, out and residual
-    may be strided; w is row-major. `out` may be the residual itself. `normed` [m, n] becomes the RMS norm of out, or
-    its layer norm where `centred`; free of a pass of its own where k is split. `scratch`: float32, split · m · n
-    entries, where `config` splits k.
+    With `pairs`, w is [k, 2 n], a gate column beside its up column, bias [2 n] likewise, and the activation becomes
+    act(gate) · up. Rows of x, out and residual may be strided; w is row-major. `out` may be the residual itself.
+    `scratch`: float32, split · m · n entries, where `config` splits k. Raises ValueError where rows of x or w are
+    not dense, where `pairs` are to be split, and where scratch is too small.
     """
     m, k = x.shape
     n = out.shape[1]
     multiprocessors, shared = _card(x.device)
-    c = config or default(m, n, k, glu or pairs, shared, x.element_size())
+    c = config or default(m, n, k, pairs, shared, x.element_size())
     if x.stride(1) != 1 or w.stride(1) != 1:
         raise ValueError("rows of x and w must be dense")
-    if (glu or pairs) and c.split > 1:
+    if pairs and c.split > 1:
         raise ValueError("a product with a gated unit is not split")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
@@ -305,65 +259,28 @@ def product(
     if w_align == 0:
         given[2] = TensorDescriptor.from_tensor(w, [c.depth, c.columns * (2 if pairs else 1)])
     some = out  # a pointer that is never read
-    finish = [some if t is None else t for t in (bias, residual, gate, row_scale, row_mean, column_sums)]
+    finish = [some if t is None else t for t in (bias, residual, gate)]
     strides = out.stride(0), 0 if residual is None else residual.stride(0)
-    norm = "none" if row_scale is None else "rms" if row_mean is None else "layer"
-    unit = "pairs" if pairs else "halves" if glu else "none"
-    flags = {
-        "ACT": act, "GLU": unit, "NORM": norm,
-        "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATE": gate is not None,
-    }  # fmt: skip
+    flags = {"ACT": act, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATE": gate is not None}
     parts = some if c.split == 1 else scratch
     units = triton.cdiv(m, c.rows + c.more) * triton.cdiv(n, c.columns) * c.split
     programs = min(units, c.resident * multiprocessors) if c.resident else units
     product_kernel[(programs,)](
         *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
         ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8, FLAT=c.resident > 0,
-        SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="ieee" if x.dtype == torch.float32 else "tf32", **flags,
-        num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
+        SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="ieee" if x.dtype == torch.float32 else "tf32", GLU=pairs,
+        **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
     if c.split > 1:
-        block = triton.next_power_of_2(n) if normed is not None else min(512, triton.next_power_of_2(n))
+        block = min(512, triton.next_power_of_2(n))
         finish_kernel[(m, triton.cdiv(n, block))](
-            out, some if normed is None else normed, parts, *finish, m, n, *strides,
-            0 if normed is None else normed.stride(0), eps, COLUMNS=block, SPLIT=c.split,
-            THEN="none" if normed is None else "layer" if centred else "rms", **flags,
-            num_warps=8 if block > 2048 else 4, launch_pdl=overlaps(),
+            out, parts, *finish, m, n, *strides, COLUMNS=block, SPLIT=c.split, **flags, launch_pdl=overlaps(),
         )  # fmt: skip
-    elif normed is not None:
-        (layer_norm if centred else rms_norm)(out, normed, eps)
 
 
-@triton.jit
-def row_scales_kernel(
-    x, scales, means, x_row, eps, K: tl.constexpr, BLOCK: tl.constexpr, CENTRED: tl.constexpr
-):  # fmt: skip
-    """One row: 1 / sqrt(mean square + eps), about its mean where that is asked for."""
-    let_next_start()
-    wait_for_previous()
-    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    there = k < K
-    v = tl.load(x + row * x_row + k, mask=there, other=0.0).to(tl.float32)
-    if CENTRED:
-        mean = tl.sum(v) / K
-        tl.store(means + row, mean)
-        v = tl.where(there, v - mean, 0.0)
-    tl.store(scales + row, tl.rsqrt(tl.sum(v * v) / K + eps))
-
-
-def row_scales(x: Tensor, scales: Tensor, eps: float, means: Tensor | None = None) -> None:
-    """scales f32 [m] = 1 / sqrt(mean(x²) + eps), x [m, k]; with `means` f32 [m], of x - mean, and the means."""
-    m, k = x.shape
-    block = triton.next_power_of_2(k)
-    row_scales_kernel[(m,)](
-        x, scales, scales if means is None else means, x.stride(0), eps,
-        K=k, BLOCK=block, CENTRED=means is not None, num_warps=4 if block <= 2048 else 8, launch_pdl=overlaps(),
-    )  # fmt: skip
-
-
-def default(m: int, n: int, k: int, glu: bool, shared_bytes: int, itemsize: int = 2) -> Config:
+def default(m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: int = 2) -> Config:
     """A configuration that fits a card whose blocks may have so much shared memory (0: any card)."""
-    columns = 64 if glu or n <= 64 else 128
+    columns = 64 if pairs or n <= 64 else 128
     if itemsize > 2:
         return Config(64, 0, columns // 2, 16, stages=3)
     rows, warps = (64, 4) if m <= 64 or k < 1024 else (128, 8)
@@ -388,13 +305,6 @@ PLAIN = (
     Config(64, 0, 64, warps=4),
     Config(64, 0, 128, warps=4),
 )
-HALVES = (
-    Config(128, 64, 128),
-    Config(128, 64, 64, warps=4, stages=2, swap=True),
-    Config(256, 32, 64, swap=True),
-    Config(128, 16, 128, swap=True),
-    Config(128, 0, 128),
-)
 PAIRS = (
     Config(128, 64, 128),
     Config(128, 64, 64, warps=4, stages=2),
@@ -407,9 +317,9 @@ PAIRS = (
 _SPLITS = (1, 2, 3, 4, 5, 6, 8)
 
 
-def _clocks(c: Config, m: int, n: int, k: int, glu: bool) -> float:
+def _clocks(c: Config, m: int, n: int, k: int, pairs: bool) -> float:
     """A rough count of clocks on an H100 (132 multiprocessors), to rank configurations before they are measured."""
-    tall, wide = c.rows + c.more, c.columns * (2 if glu else 1)
+    tall, wide = c.rows + c.more, c.columns * (2 if pairs else 1)
     units = triton.cdiv(m, tall) * triton.cdiv(n, c.columns) * c.split
     depth = triton.cdiv(triton.cdiv(k, c.depth), c.split) * c.depth
     products, fetches = tall * wide * depth / 2048 / 0.85, (tall + wide) * depth * 2 / 40
@@ -419,9 +329,9 @@ def _clocks(c: Config, m: int, n: int, k: int, glu: bool) -> float:
     return turns * max(products, fetches) + overhead + parts
 
 
-def candidates(m: int, n: int, k: int, glu: bool = False, pairs: bool = False, count: int = 8) -> list[Config]:
+def candidates(m: int, n: int, k: int, pairs: bool = False, count: int = 8) -> list[Config]:
     """Configurations worth measuring on Hopper, for 16-bit operands; the likeliest first."""
-    tiles = PAIRS if pairs else HALVES if glu else PLAIN
-    splits = (1,) if glu or pairs else [s for s in _SPLITS if s == 1 or k >= 256 * s]
+    tiles = PAIRS if pairs else PLAIN
+    splits = (1,) if pairs else [s for s in _SPLITS if s == 1 or k >= 256 * s]
     every = [c._replace(split=s) for c in tiles for s in splits if c.resident == 0 or s == 1]
-    return sorted(every, key=lambda c: _clocks(c, m, n, k, glu or pairs))[:count]
+    return sorted(every, key=lambda c: _clocks(c, m, n, k, pairs))[:count]
