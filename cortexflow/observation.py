@@ -6,7 +6,7 @@ policy, `robot_actions` turns the policy's chunk into actions of the robot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ from cortexflow.processing import (
     Processing,
     PromptTokenizer,
     Stats,
+    check_stats,
     finish_actions,
     lerobot_options,
     load_stats,
     load_tokenizer,
     prepare_observation,
     read_image,
+    stats_file,
 )
 from cortexflow.processing.arrays import Floats
 from cortexflow.processing.normalise import MODES
 from cortexflow.processing.robots import SLOTS
+from cortexflow.processing.stats import LEROBOT_STEPS
 
 CAMERA = "observation.images."  # LeRobot's prefix of a camera's name
 
@@ -67,21 +70,44 @@ def load_frontend(
     processing: str | Processing | None = None,
     tokenizer: str | Path | None = None,
     stats: str | Path | None = None,
+    asset_id: str | None = None,
 ) -> Frontend:
     """Read what belongs to a checkpoint from its directory; what is given here is taken instead.
 
     `processing` is a `Processing` or a key of `PROCESSINGS`; LeRobot's directories tell it, others must be told.
-    `tokenizer` and `stats` are files or directories. Raises ConfigError, CheckpointError.
+    `tokenizer` and `stats` are files or directories; `asset_id` chooses among the statistics of several robots.
+    Statistics are checked for what the processing reads. Raises ConfigError, CheckpointError.
     """
     rules = find_processing(checkpoint, signature, processing)
-    needed = any(MODES[mode] for mode in (rules.norm, rules.action_norm or rules.norm))
     fixed = checkpoint.fixed_prompt
     return Frontend(
         rules,
         camera_names(checkpoint, signature.views),
         FixedPrompt(fixed) if fixed else load_tokenizer(tokenizer or directory(checkpoint)),
-        load_stats(stats or directory(checkpoint)) if needed else None,
+        find_stats(rules, stats or directory(checkpoint), asset_id) if any(statistics_read(rules).values()) else None,
     )
+
+
+def statistics_read(rules: Processing) -> dict[str, tuple[str, ...]]:
+    """Which statistics of the state and of the actions a processing reads."""
+    return {"state": MODES[rules.norm], "actions": MODES[rules.action_norm or rules.norm]}
+
+
+def find_stats(
+    rules: Processing,
+    place: str | Path,
+    asset_id: str | None = None,
+    sizes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Stats:
+    """The statistics at `place`, checked for all that `rules` read, in one of the lengths `sizes` of each group.
+
+    Raises CheckpointError, which names the file, the key and what was found.
+    """
+    found, file = load_stats(place, asset_id=asset_id), stats_file(place, asset_id=asset_id)
+    for group, names in statistics_read(rules).items():
+        where = file / LEROBOT_STEPS[group][0] if file.is_dir() else file
+        check_stats(found, where, group, names, (sizes or {}).get(group, ()))
+    return found
 
 
 def directory(checkpoint: Checkpoint) -> Path:
@@ -162,30 +188,45 @@ def model_inputs(
     robot's own, in its units. `prompt` is the instruction; a file that holds a fixed one takes none.
     Raises InputError.
     """
-    if isinstance(frontend.tokenizer, FixedPrompt) and prompt is not None:
-        raise InputError(
-            f"prompt: this file holds the embeddings of one prompt, of {frontend.tokenizer.length} tokens, and knows "
-            f"no other; found {prompt!r}. Leave it out, or convert the original again for this prompt"
-        )
-    if not isinstance(frontend.tokenizer, FixedPrompt) and prompt is None:
-        raise InputError("prompt: expected the instruction, found None (on the command line: --prompt TEXT)")
+    _check_prompt(frontend, prompt)
     pictures: dict[str, Any] = {}
     for name, image in images.items():
         camera = find_camera(name, frontend.cameras)
         if camera in pictures:
             raise InputError(f"camera {camera}: expected one image, found two ({', '.join(images)})")
         pictures[camera] = read_image(image) if isinstance(image, (str, Path)) else image
-    prepared: Mapping[str, Any] = prepare_observation(
+    views = [pictures.get(camera) for camera in frontend.cameras]
+    prepared = network_inputs(frontend, views, prompt, state)
+    made = {name: torch.from_numpy(value)[None] for name, value in prepared.items() if name in inputs}
+    generator = torch.Generator().manual_seed(seed)
+    return made | {"noise": torch.randn(inputs["noise"].shape, generator=generator)}
+
+
+def network_inputs(
+    frontend: Frontend, views: Sequence[Any], prompt: str | None, state: Any, pixel_low: float = -1.0
+) -> Mapping[str, Any]:
+    """`prepare_observation` for pictures in the views' order, None where absent; float pixels in [pixel_low, 1]."""
+    _check_prompt(frontend, prompt)
+    return prepare_observation(
         frontend.processing,
-        images=[pictures.get(camera) for camera in frontend.cameras],
+        images=list(views),
         prompt=prompt or "",
         tokenizer=frontend.tokenizer,
         state=state,
         stats=frontend.stats,
+        pixel_low=pixel_low,
     )
-    made = {name: torch.from_numpy(value)[None] for name, value in prepared.items() if name in inputs}
-    generator = torch.Generator().manual_seed(seed)
-    return made | {"noise": torch.randn(inputs["noise"].shape, generator=generator)}
+
+
+def _check_prompt(frontend: Frontend, prompt: str | None) -> None:
+    if isinstance(frontend.tokenizer, FixedPrompt):
+        if prompt is not None:
+            raise InputError(
+                f"prompt: this file holds the embeddings of one prompt, of {frontend.tokenizer.length} tokens, and "
+                f"knows no other; found {prompt!r}. Leave it out, or convert the original again for this prompt"
+            )
+    elif prompt is None:
+        raise InputError("prompt: expected the instruction, found None (on the command line: --prompt TEXT)")
 
 
 def robot_actions(frontend: Frontend, actions: Tensor, state: Any = None) -> Floats:

@@ -5,7 +5,10 @@
 
 from cortexflow.processing.images import as_model_images, read_image, resize_with_pad
 from cortexflow.processing.normalise import absolute_actions, normalise, pad_to, unnormalise
+from cortexflow.processing.observations import Sample, read_observation
 from cortexflow.processing.pipeline import (
+    FAMILIES,
+    HORIZONS,
     PROCESSINGS,
     ModelInputs,
     Processing,
@@ -13,11 +16,23 @@ from cortexflow.processing.pipeline import (
     prepare_observation,
 )
 from cortexflow.processing.prompts import PROMPT_FORMATS, encode_prompt, prompt_pieces, state_bins
+from cortexflow.processing.robot_file import find_robot, load_robot, make_robot
 from cortexflow.processing.robots import ROBOTS, Robot, camera_views, join_state, robot
-from cortexflow.processing.stats import Stats, lerobot_options, load_stats, make_stats, save_stats
+from cortexflow.processing.stats import (
+    Stats,
+    asset_ids,
+    check_stats,
+    lerobot_options,
+    load_stats,
+    make_stats,
+    save_stats,
+    stats_file,
+)
 from cortexflow.processing.tokenizer import PromptTokenizer, load_tokenizer
 
 __all__ = [
+    "FAMILIES",
+    "HORIZONS",
     "PROCESSINGS",
     "PROMPT_FORMATS",
     "ROBOTS",
@@ -25,25 +40,33 @@ __all__ = [
     "Processing",
     "PromptTokenizer",
     "Robot",
+    "Sample",
     "Stats",
     "absolute_actions",
     "as_model_images",
+    "asset_ids",
     "camera_views",
+    "check_stats",
     "encode_prompt",
+    "find_robot",
     "finish_actions",
     "join_state",
     "lerobot_options",
+    "load_robot",
     "load_stats",
     "load_tokenizer",
+    "make_robot",
     "make_stats",
     "normalise",
     "pad_to",
     "prepare_observation",
     "prompt_pieces",
     "read_image",
+    "read_observation",
     "resize_with_pad",
     "robot",
     "save_stats",
     "state_bins",
+    "stats_file",
     "unnormalise",
 ]

@@ -23,6 +23,16 @@ def to_numpy(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
+def shape_of(value: Any, name: str) -> tuple[int, ...]:
+    """The shape of anything array-like, without converting an array. Raises InputError if it has none."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return tuple(value.shape)
+    try:
+        return np.shape(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as reason:
+        raise InputError(f"{name}: expected an array of numbers, found {type(value).__name__} ({reason})") from reason
+
+
 def as_floats(value: ArrayLike | torch.Tensor, name: str, *, ndim: int | None = None) -> Floats:
     """`value` as a new float64 array, called `name` in errors.
 
@@ -31,7 +41,7 @@ def as_floats(value: ArrayLike | torch.Tensor, name: str, *, ndim: int | None = 
     """
     try:
         found = to_numpy(value)
-    except (ValueError, TypeError, RuntimeError) as reason:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as reason:  # RecursionError is a RuntimeError
         raise InputError(f"{name}: expected an array of numbers, found {type(value).__name__} ({reason})") from reason
     if found.dtype.kind not in "fiu":
         raise InputError(f"{name}: expected an array of numbers, found dtype {found.dtype}; convert it to float32")

@@ -9,6 +9,9 @@ the method is always named:
 | `lerobot` | LeRobot: torch bilinear on [0, 1] without low-pass filter, clamped; `x * 2 - 1` afterwards |
 
 Both keep the aspect ratio, centre the picture and fill the rest with black (-1 after scaling).
+
+Float pixels lie in [low, 1]: `low` is -1 for pictures scaled for the network, 0 for those of a camera. From 0,
+`pil` first makes 8 bits of them as openpi does, `floor(255 * x)`, also where nothing is to be resized.
 """
 
 from __future__ import annotations
@@ -28,33 +31,36 @@ from cortexflow.processing.arrays import to_numpy
 
 Pixels = NDArray[np.float32]
 
+MAX_PIXELS = 100_000_000  # of one picture: more is a mistake, and would fill the memory
 TOLERANCE = 1e-5  # how far outside [-1, 1] a float picture may be (rounding of an earlier resize); it is clipped
 
 
-def resize_with_pad(image: Any, height: int, width: int, *, method: str) -> Pixels:
+def resize_with_pad(image: Any, height: int, width: int, *, method: str, low: float = -1.0) -> Pixels:
     """Fit one picture into `height` x `width` pixels: float32 [height, width, 3] in [-1, 1].
 
-    `image` is [H, W, 3], numpy or torch, RGB: uint8 in 0..255 or float32 in [-1, 1]. The larger of the ratios
+    `image` is [H, W, 3], numpy or torch, RGB: uint8 in 0..255 or float32 in [low, 1]. The larger of the ratios
     H/height and W/width gives the scale, the scaled sides are rounded down (never below one pixel), and an odd
     rest of the border goes below and right. A picture of the right size is only scaled to [-1, 1]. Method `pil`
-    works on 8 bits: a float picture that has to be resized is first rounded to the nearest of 256 levels.
+    works on 8 bits: a float picture in [-1, 1] that has to be resized is first rounded to the nearest of 256 levels.
 
     Raises InputError if the picture has another form, ConfigError if `method` is not a key of `METHODS`.
     Source: openpi packages/openpi-client/src/openpi_client/image_tools.py (`pil`), lerobot
     src/lerobot/policies/common/vla_utils.py (`lerobot`).
     """
-    pixels = _checked(image, "image")
+    pixels = check_picture(image, "image", low)
     for name, value in (("height", height), ("width", width)):
         if value < 1:
             raise InputError(f"{name}: expected a positive number of pixels, found {value}")
-    return _fit(pixels, height, width, method)
+    return _fit(pixels, height, width, method, low)
 
 
-def as_model_images(images: Any, *, views: int, size: int, method: str) -> tuple[Pixels, NDArray[np.bool_]]:
+def as_model_images(
+    images: Any, *, views: int, size: int, method: str, low: float = -1.0
+) -> tuple[Pixels, NDArray[np.bool_]]:
     """The images of one observation: (float32 [views, size, size, 3] in [-1, 1], bool [views]).
 
     `images` is one array or tensor [views, H, W, 3], or a list with one entry per view, each [H, W, 3] or None.
-    Pixels are RGB: uint8 in 0..255, or float32 already in [-1, 1]. None stands for an absent camera and becomes
+    Pixels are RGB: uint8 in 0..255, or float32 in [low, 1] (any floats if low=0). None is an absent camera and becomes
     an image of -1 with mask False; it must be written, because the order of the views says which camera is which.
 
     Raises InputError for any other form, naming the view: channels first, four channels, a wrong number of views,
@@ -69,7 +75,7 @@ def as_model_images(images: Any, *, views: int, size: int, method: str) -> tuple
     result = np.full((views, size, size, 3), -1.0, np.float32)
     for index, entry in enumerate(entries):
         if entry is not None:
-            result[index] = _fit(_checked(entry, f"images[{index}]"), size, size, method)
+            result[index] = _fit(check_picture(entry, f"images[{index}]", low), size, size, method, low)
     return result, mask
 
 
@@ -91,19 +97,27 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
         raise InputError(f"{path}: cannot be read as a picture ({reason}); give a PNG or JPEG file") from reason
 
 
-def to_unit(pixels: NDArray[Any]) -> Pixels:
-    """uint8 pixels as `x / 255 * 2 - 1` in float32; float pixels as float32 clipped to [-1, 1]."""
+def to_unit(pixels: NDArray[Any], low: float = -1.0) -> Pixels:
+    """uint8 pixels as `x / 255 * 2 - 1` in float32; float pixels as float32 clipped to [low, 1], then in [-1, 1]."""
     if pixels.dtype == np.uint8:
         return pixels.astype(np.float32) / np.float32(255) * np.float32(2) - np.float32(1)
-    return np.clip(pixels.astype(np.float32), -1.0, 1.0)
+    clipped: Pixels = np.clip(pixels.astype(np.float32), low, 1.0)
+    return clipped if low < 0 else clipped * np.float32(2) - np.float32(1)
 
 
-def _fit(pixels: NDArray[Any], height: int, width: int, method: str) -> Pixels:
+def to_bytes(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Float pixels in [0, 1] as openpi makes 8 bits of them, in their own precision: `floor(255 * x)`."""
+    return np.asarray(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+
+
+def _fit(pixels: NDArray[Any], height: int, width: int, method: str, low: float) -> Pixels:
     if method not in METHODS:
         raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+    if method == "pil" and low >= 0 and pixels.dtype != np.uint8:
+        pixels = to_bytes(pixels)
     if pixels.shape[:2] == (height, width):
-        return to_unit(pixels)
-    return METHODS[method](pixels, height, width)
+        return to_unit(pixels, low)
+    return METHODS[method](pixels, height, width, low)
 
 
 def _scaled_size(pixels: NDArray[Any], height: int, width: int) -> tuple[int, int]:
@@ -120,8 +134,8 @@ def _centred(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     return canvas
 
 
-def _resize_pil(pixels: NDArray[Any], height: int, width: int) -> Pixels:
-    if pixels.dtype != np.uint8:
+def _resize_pil(pixels: NDArray[Any], height: int, width: int, low: float) -> Pixels:
+    if pixels.dtype != np.uint8:  # in [-1, 1]: _fit has made bytes of the others
         pixels = np.rint((to_unit(pixels) + 1) * 127.5).astype(np.uint8)
     rows, columns = _scaled_size(pixels, height, width)
     picture = PIL.Image.fromarray(np.ascontiguousarray(pixels))
@@ -129,15 +143,21 @@ def _resize_pil(pixels: NDArray[Any], height: int, width: int) -> Pixels:
     return to_unit(_centred(np.asarray(resized), height, width))
 
 
-def _resize_lerobot(pixels: NDArray[Any], height: int, width: int) -> Pixels:
-    unit = pixels.astype(np.float32) / 255 if pixels.dtype == np.uint8 else (to_unit(pixels) + 1) / 2
+def _resize_lerobot(pixels: NDArray[Any], height: int, width: int, low: float) -> Pixels:
+    if pixels.dtype == np.uint8 or low >= 0:
+        unit = pixels.astype(np.float32) / np.float32(255 if pixels.dtype == np.uint8 else 1)
+    else:
+        unit = (to_unit(pixels) + 1) / 2
     picture = torch.from_numpy(np.ascontiguousarray(unit)).permute(2, 0, 1)[None]
     resized = F.interpolate(picture, _scaled_size(pixels, height, width), mode="bilinear", align_corners=False)
     # The rest in numpy: each further torch op would wake all threads for a picture this small.
     return _centred(np.clip(resized[0].permute(1, 2, 0).numpy(), 0.0, 1.0), height, width) * 2 - 1
 
 
-METHODS: dict[str, Callable[[NDArray[Any], int, int], Pixels]] = {"pil": _resize_pil, "lerobot": _resize_lerobot}
+METHODS: dict[str, Callable[[NDArray[Any], int, int, float], Pixels]] = {
+    "pil": _resize_pil,
+    "lerobot": _resize_lerobot,
+}
 
 
 def _entries(images: Any, views: int) -> list[Any]:
@@ -156,23 +176,29 @@ def _entries(images: Any, views: int) -> list[Any]:
     return list(images)
 
 
-def _checked(image: Any, name: str) -> NDArray[Any]:
-    """`image` as numpy [H, W, 3], uint8 or float32 in [-1, 1] (within `TOLERANCE`)."""
+def check_picture(image: Any, name: str, low: float) -> NDArray[Any]:
+    """`image` as numpy [H, W, 3], uint8 or float in [low, 1] (within `TOLERANCE`)."""
     if not isinstance(image, (np.ndarray, torch.Tensor)):
         raise InputError(f"{name}: expected a numpy array or torch tensor (H, W, 3), found {type(image).__name__}")
     _check_layout(tuple(image.shape), name)
     dtype = str(image.dtype).removeprefix("torch.")
-    if dtype not in ("uint8", "float32"):
+    floats = ("float32",) if low < 0 else ("float16", "bfloat16", "float32", "float64")
+    if dtype not in ("uint8", *floats):
         fix = "pass image.astype(np.float32) (torch: image.float())" if "float" in dtype else "pass it as uint8"
-        raise InputError(f"{name}: expected uint8 in 0..255 or float32 in [-1, 1], found {dtype}; {fix}")
-    pixels = to_numpy(image)
-    if dtype == "float32":
-        _check_range(pixels, name)
+        raise InputError(f"{name}: expected uint8 in 0..255 or float32 in [{low:g}, 1], found {dtype}; {fix}")
+    try:
+        pixels = to_numpy(image)
+    except (TypeError, ValueError, RuntimeError) as reason:  # a sparse or a meta tensor
+        raise InputError(f"{name}: expected pixels in memory, found {type(image).__name__} ({reason})") from reason
+    if dtype != "uint8":
+        _check_range(pixels, name, low)
     return pixels
 
 
 def _check_layout(shape: tuple[int, ...], name: str) -> None:
     if len(shape) == 3 and shape[-1] == 3 and min(shape) > 0:
+        if shape[0] * shape[1] > MAX_PIXELS:
+            raise InputError(f"{name}: expected at most {MAX_PIXELS:,} pixels, found {shape}; make it smaller first")
         return
     found = f"{name}: expected shape (H, W, 3), found {shape}"
     if len(shape) == 3 and 0 not in shape:
@@ -185,10 +211,10 @@ def _check_layout(shape: tuple[int, ...], name: str) -> None:
     raise InputError(f"{found}; give one RGB picture, channels last, with at least one pixel")
 
 
-def _check_range(pixels: NDArray[Any], name: str) -> None:
+def _check_range(pixels: NDArray[Any], name: str, low: float) -> None:
     if not np.isfinite(pixels).all():
         raise InputError(f"{name}: expected finite pixels, found NaN or infinity; check the camera or the preprocessor")
-    low, high = float(pixels.min()), float(pixels.max())
-    if low < -1 - TOLERANCE or high > 1 + TOLERANCE:
-        fix = "it looks like 0..255: pass image.astype(np.uint8)" if low >= 0 and high > 2 else "scale it first"
-        raise InputError(f"{name}: expected float32 pixels in [-1, 1], found [{low:g}, {high:g}]; {fix}")
+    least, most = float(pixels.min()), float(pixels.max())
+    if least < low - TOLERANCE or most > 1 + TOLERANCE:
+        fix = "it looks like 0..255: pass image.astype(np.uint8)" if least >= 0 and most > 2 else "scale it first"
+        raise InputError(f"{name}: expected float32 pixels in [{low:g}, 1], found [{least:g}, {most:g}]; {fix}")

@@ -24,6 +24,8 @@ from cortexflow.processing.prompts import PROMPT_FORMATS, Encoder, as_bins, enco
 from cortexflow.processing.robots import ADAPTATIONS
 from cortexflow.processing.stats import Stats
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Processing:
@@ -98,19 +100,20 @@ def prepare_observation(
     state: ArrayLike | torch.Tensor | None = None,
     stats: Stats | None = None,
     state_tokens: ArrayLike | torch.Tensor | None = None,
+    pixel_low: float = -1.0,
 ) -> ModelInputs:
     """The model inputs of one observation.
 
-    `images`: as for `as_model_images`. `prompt`: the instruction. `state`: the robot's own state [n], in its units,
-    n <= state_dim; needed if the network reads it (`continuous_state`) or the prompt contains it. `stats`: from
-    `load_stats`, needed with a state unless `norm` is `identity`. `state_tokens`: bins from -1 to 255 [m] that go
-    into the prompt instead of those of `state`.
+    `images`: as for `as_model_images`, float pixels in [pixel_low, 1]. `prompt`: the instruction. `state`: the robot's
+    own state [n], in its units, n <= state_dim; needed if the network reads it (`continuous_state`) or the prompt
+    contains it. `stats`: from `load_stats`, needed with a state unless `norm` is `identity`. `state_tokens`: bins from
+    -1 to 255 [m] that go into the prompt instead of those of `state`.
 
     Without a state the `state` entry is zeros, which networks without `continuous_state` do not read.
     Raises InputError naming the argument that does not fit, CheckpointError for statistics that are not there.
     """
     pixels, image_mask = as_model_images(
-        images, views=processing.views, size=processing.image_size, method=processing.resize
+        images, views=processing.views, size=processing.image_size, method=processing.resize, low=pixel_low
     )
     vector = _network_state(processing, state, stats)
     tokens, token_mask = encode_prompt(
@@ -172,7 +175,14 @@ def _network_state(processing: Processing, state: Any, stats: Stats | None) -> F
     if len(vector) > processing.state_dim:
         raise InputError(f"state: expected at most {processing.state_dim} values, found {len(vector)}")
     stats = _needed(stats, processing.norm, "state")
-    return normalise(vector, stats, "state", mode=processing.norm, eps=processing.eps)
+    scaled = normalise(vector, stats, "state", mode=processing.norm, eps=processing.eps)
+    if np.abs(scaled).max(initial=0.0) > FLOAT32_MAX:
+        worst = int(np.abs(scaled).argmax())
+        raise InputError(
+            f"state: expected values near those of the statistics, found {vector[worst]:g} at index {worst}, which "
+            "no float32 holds once it is scaled; check the sensor and the units"
+        )
+    return scaled
 
 
 def _prompt_bins(processing: Processing, vector: Floats | None, state_tokens: Any) -> NDArray[np.int64] | None:
@@ -203,6 +213,8 @@ _ALOHA_DELTA = ((True,) * 6 + (False,)) * 2
 _PI0 = Processing(norm="mean_std", prompt_format="pi0", prompt_length=48, state_in_prompt=False, continuous_state=True)
 _PI05 = Processing()
 
+FAMILIES = {"pi0": _PI0, "pi05": _PI05}  # openpi's settings by model family, of no robot in particular
+
 PROCESSINGS: dict[str, Processing] = {  # openpi's configurations (src/openpi/training/config.py) and LeRobot's defaults
     "pi0_aloha": replace(_PI0, output_dim=14, delta_mask=_ALOHA_DELTA, adapt="aloha"),
     "pi0_aloha_sim": replace(_PI0, output_dim=14, adapt="aloha"),
@@ -215,4 +227,16 @@ PROCESSINGS: dict[str, Processing] = {  # openpi's configurations (src/openpi/tr
     "pi05_droid_finetune": replace(_PI05, output_dim=8),
     "lerobot_pi0": replace(_PI0, eps="lerobot", resize="lerobot", prompt_format="pi0_lerobot"),
     "lerobot_pi05": replace(_PI05, eps="lerobot", resize="lerobot"),
+}
+
+HORIZONS = {  # actions per prediction of openpi's configurations, for checkpoints without a config.json
+    "pi0_aloha": 50,
+    "pi0_aloha_sim": 50,
+    "pi0_droid": 10,
+    "pi0_libero": 50,
+    "pi05_aloha": 50,
+    "pi05_droid": 15,
+    "pi05_libero": 10,
+    "pi05_full_droid_finetune": 16,
+    "pi05_droid_finetune": 16,
 }

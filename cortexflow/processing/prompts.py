@@ -25,6 +25,7 @@ from cortexflow.processing.arrays import as_floats, to_numpy
 from cortexflow.processing.tokenizer import PAD_ID
 
 BINS = 256
+MAX_PIECE = 64  # characters: no vocabulary here has a longer piece
 
 
 class Encoder(Protocol):
@@ -135,6 +136,11 @@ def encode_prompt(
     LeRobot do (for `pi05` that loses the closing `Action: `). Other errors as in `prompt_pieces`.
     Source: openpi src/openpi/models/tokenizer.py.
     """
+    if isinstance(text, str) and len(text) > MAX_PIECE * length and not truncate:
+        raise InputError(
+            f"prompt: expected at most {length} tokens (the prompt bucket), found {len(text)} characters; "
+            "shorten the instruction"
+        )
     pieces = prompt_pieces(text, format=format, bins=bins)
     ids = [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece, bos=n == 0)]
     return pad_tokens(ids, length, truncate=truncate)

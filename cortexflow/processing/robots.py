@@ -6,7 +6,7 @@ Source: openpi src/openpi/policies/{libero,droid,aloha}_policy.py and the client
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,21 +21,30 @@ SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # camera slots 
 
 @dataclass(frozen=True)
 class Robot:
-    """One row of `ROBOTS`."""
+    """One row of `ROBOTS`, or a user's own (`robot_file.load_robot`)."""
 
     cameras: tuple[str | None, ...]  # the robot's camera in each of SLOTS; None: never there
-    state: tuple[tuple[str, int], ...]  # parts of the state vector in order, with their lengths
+    state: tuple[tuple[str, int], ...]  # parts of the state vector in order, with their lengths; none: any vector
     actions: int  # values per action that the robot reads
     executed: int | None  # steps of a chunk the reference client executes before it asks again; None: its own choice
     required: tuple[str, ...]  # cameras without which there is no observation
     ignored: tuple[str, ...] = ()  # cameras that may be given and are not used
     turned: bool = False  # the reference client rotates the simulator's images by 180 degrees before sending them
     clip: float | None = None  # the reference client clips actions to [-clip, clip]
+    name: str = "this robot"
+    asset: str | None = None  # openpi's id of its statistics, where a checkpoint has those of several robots
+    default_prompt: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # fields of Processing that its own file states
 
     @property
     def state_dim(self) -> int:
-        """Length of the state vector."""
+        """Length of the state vector; 0 where it is not known."""
         return sum(size for _, size in self.state)
+
+    @property
+    def views(self) -> int:
+        """Slots up to the last that has a camera: those without one are masked, and leaving them out is the same."""
+        return max((i for i, camera in enumerate(self.cameras, 1) if camera is not None), default=0)
 
 
 ROBOTS: dict[str, Robot] = {
@@ -46,6 +55,8 @@ ROBOTS: dict[str, Robot] = {
         executed=5,
         required=("image", "wrist_image"),
         turned=True,
+        name="libero",
+        asset="physical-intelligence/libero",
     ),
     "droid": Robot(
         cameras=("exterior_image_1_left", "wrist_image_left", None),
@@ -54,6 +65,8 @@ ROBOTS: dict[str, Robot] = {
         executed=8,
         required=("exterior_image_1_left", "wrist_image_left"),
         clip=1.0,
+        name="droid",
+        asset="droid",
     ),
     "aloha": Robot(
         cameras=("cam_high", "cam_left_wrist", "cam_right_wrist"),
@@ -62,6 +75,8 @@ ROBOTS: dict[str, Robot] = {
         executed=None,
         required=("cam_high",),
         ignored=("cam_low",),
+        name="aloha",
+        asset="trossen",
     ),
 }
 

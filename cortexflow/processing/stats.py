@@ -16,7 +16,7 @@ normalize_processor.py, relative_action_processor.py and migrate_policy_normaliz
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ LEROBOT_BUFFERS = {  # group -> prefixes of the old buffers
 }
 LEROBOT_MODES = {"MEAN_STD": "mean_std", "QUANTILES": "quantile", "IDENTITY": "identity"}
 LEROBOT_EPS = 1e-8
+LARGEST = 1e30  # of a statistic: float32 holds it with room for the arithmetic
 RELATIVE_STEPS = ("relative_actions_processor", "delta_actions_processor")  # the second is the name up to 0.5
 
 
@@ -60,21 +61,55 @@ def load_stats(path: str | Path, *, asset_id: str | None = None) -> Stats:
     Raises CheckpointError if nothing is found, a file cannot be read, a group is missing (the message lists the
     keys that are there), lengths differ within a group, or a number is not finite.
     """
+    read, file = _source(Path(path), asset_id)
+    return read(file)
+
+
+def stats_file(path: str | Path, *, asset_id: str | None = None) -> Path:
+    """The file or directory that `load_stats` reads, for messages; raises as it does if there is none."""
+    return _source(Path(path), asset_id)[1]
+
+
+def asset_ids(path: str | Path) -> list[str]:
+    """The asset ids with statistics below a checkpoint directory, in order; empty for other forms."""
     place = Path(path)
+    return list(_assets(place / "assets")) if (place / "assets").is_dir() else []
+
+
+def check_stats(stats: Stats, where: str | Path, group: str, names: Iterable[str], sizes: Collection[int]) -> None:
+    """CheckpointError unless `group` holds the vectors `names`, of one of the lengths `sizes` (none given: any)."""
+    _check_groups(stats, str(where))
+    found = stats[group]
+    if missing := [name for name in names if name not in found]:
+        raise CheckpointError(
+            f"{where}: expected the key {group!r} to hold {', '.join(names)}, found "
+            f"{', '.join(sorted(found)) or 'nothing'} (without {', '.join(missing)}); choose the normalisation the "
+            "checkpoint was trained with, or recompute the statistics"
+        )
+    for name in names:
+        if sizes and len(found[name]) not in sizes:
+            raise CheckpointError(
+                f"{where}: expected {group}.{name} of {' or '.join(map(str, sorted(set(sizes))))} values, found "
+                f"{len(found[name])}; these are the statistics of another robot: name the right ones"
+            )
+
+
+def _source(place: Path, asset_id: str | None) -> tuple[Callable[[Path], Stats], Path]:
+    """Which reader, and what it reads."""
     if place.is_file():
-        return _load_openpi(place)
+        return _load_openpi, place
     if not place.is_dir():
         raise CheckpointError(f"statistics: {place} does not exist; give a checkpoint directory or {OPENPI_FILE}")
     if asset_id is not None:
-        return _load_openpi(_asset_file(place, asset_id))
+        return _load_openpi, _asset_file(place, asset_id)
     if (place / OPENPI_FILE).is_file():
-        return _load_openpi(place / OPENPI_FILE)
+        return _load_openpi, place / OPENPI_FILE
     if (place / PREPROCESSOR).is_file():
-        return _load_lerobot(place)
+        return _load_lerobot, place
     if (place / "assets").is_dir():
-        return _load_openpi(_asset_file(place, None))
+        return _load_openpi, _asset_file(place, None)
     if (place / WEIGHTS_FILE).is_file():
-        return _load_buffers(place / WEIGHTS_FILE)
+        return _load_buffers, place / WEIGHTS_FILE
     raise CheckpointError(
         f"statistics: looked for {OPENPI_FILE}, {PREPROCESSOR}, assets/ and {WEIGHTS_FILE} in {place}, found none; "
         "copy the statistics of the training run there"
@@ -131,13 +166,14 @@ def lerobot_options(directory: str | Path) -> dict[str, Any]:
     modes = {group: _mode(step, group, place) for group, step in steps.items()}
     options: dict[str, Any] = {"norm": modes["state"], "action_norm": modes["actions"]}
     options |= {"eps": "lerobot", "resize": "lerobot"}
-    feature = (_config(steps["actions"]).get("features") or {}).get("action") or {}
-    if feature.get("shape"):
-        options["output_dim"] = int(feature["shape"][0])
+    features = _object(_config(steps["actions"]), "features", place / POSTPROCESSOR)
+    feature = _object(features, "action", place / POSTPROCESSOR)
+    if shape := _list(feature, "shape", place / POSTPROCESSOR):
+        options["output_dim"] = _positive(shape[0], "the action's shape", place / POSTPROCESSOR)
     for step in _steps(place / PREPROCESSOR):
         config = _config(step)
         if step.get("registry_name") == "tokenizer_processor" and config.get("max_length"):
-            options["prompt_length"] = int(config["max_length"])
+            options["prompt_length"] = _positive(config["max_length"], "max_length", place / PREPROCESSOR)
         if step.get("registry_name") in RELATIVE_STEPS and config.get("enabled"):
             options["delta_mask"] = _relative_mask(config, options.get("output_dim"), place / PREPROCESSOR)
     return options
@@ -166,6 +202,7 @@ def make_stats(groups: Mapping[str, Mapping[str, Any]], where: str = "statistics
         given = {name: groups[group][name] for name in STATISTICS if groups[group].get(name) is not None}
         stats[group] = {name: _vector(value, f"{where}: {group}.{name}") for name, value in given.items()}
         lengths = {name: len(value) for name, value in stats[group].items()}
+        _check_order(stats[group], f"{where}: {group}")
         if not lengths or len(set(lengths.values())) > 1:
             raise CheckpointError(
                 f"{where}: {group!r} must hold vectors of one length among {', '.join(STATISTICS)}, "
@@ -176,13 +213,30 @@ def make_stats(groups: Mapping[str, Mapping[str, Any]], where: str = "statistics
 
 def _vector(value: Any, name: str) -> Floats:
     try:
-        vector = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as reason:
+        given = np.asarray(value)
+        vector = given.astype(np.float64)
+    except (TypeError, ValueError, OverflowError) as reason:
         raise CheckpointError(f"{name}: expected a list of numbers ({reason}); recompute the statistics") from reason
+    if given.dtype.kind not in "fiu":
+        raise CheckpointError(f"{name}: expected a list of numbers, found {given.dtype}; recompute the statistics")
     if vector.ndim != 1 or not vector.size or not np.isfinite(vector).all():
         found = f"shape {vector.shape}" if vector.ndim != 1 or not vector.size else "NaN or infinity"
         raise CheckpointError(f"{name}: expected a vector of finite numbers, found {found}; recompute the statistics")
+    if np.abs(vector).max() > LARGEST:
+        raise CheckpointError(
+            f"{name}: expected numbers of a robot, found {vector[np.abs(vector).argmax()]:g}; recompute the statistics"
+        )
     return vector
+
+
+def _check_order(vectors: Mapping[str, Floats], where: str) -> None:
+    """No std below 0; no q99 below q01, where they can be compared."""
+    if "std" in vectors and (vectors["std"] < 0).any():
+        raise CheckpointError(f"{where}.std: expected no number below 0, found {vectors['std'].min():g}")
+    low, high = vectors.get("q01"), vectors.get("q99")
+    if low is not None and high is not None and low.shape == high.shape and (low > high).any():
+        i = int((low > high).argmax())
+        raise CheckpointError(f"{where}.q99: expected at least q01, found {high[i]:g} and {low[i]:g} at index {i}")
 
 
 def _check_groups(groups: Any, where: str) -> None:
@@ -194,7 +248,7 @@ def _check_groups(groups: Any, where: str) -> None:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise CheckpointError(f"{file}: expected a JSON file, cannot read it ({reason}); copy it again") from reason
 
 
@@ -209,14 +263,14 @@ def _read_tensors(file: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, An
 def _load_openpi(file: Path) -> Stats:
     content = _read_json(file)
     if not isinstance(content, Mapping) or "norm_stats" not in content:
-        found = ", ".join(sorted(content)) if isinstance(content, Mapping) else type(content).__name__
+        found = ", ".join(sorted(content)[:8]) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{file}: expected the key norm_stats, found {found or 'nothing'}")
     return make_stats(content["norm_stats"], str(file))
 
 
 def _asset_file(place: Path, asset_id: str | None) -> Path:
     root = place / "assets" if (place / "assets").is_dir() else place
-    files = {file.parent.relative_to(root).as_posix(): file for file in sorted(root.rglob(OPENPI_FILE))}
+    files = _assets(root)
     if asset_id is None and len(files) == 1:
         return next(iter(files.values()))
     if asset_id not in files:
@@ -226,6 +280,30 @@ def _asset_file(place: Path, asset_id: str | None) -> Path:
             f"found {', '.join(files) or 'none'}; pass asset_id"
         )
     return files[asset_id]
+
+
+def _assets(root: Path) -> dict[str, Path]:
+    return {file.parent.relative_to(root).as_posix(): file for file in sorted(root.rglob(OPENPI_FILE))}
+
+
+def _object(content: Mapping[str, Any], key: str, file: Path) -> Mapping[str, Any]:
+    value = content.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{file}: expected {key} to be an object, found {value!r}; copy it again")
+    return value
+
+
+def _list(content: Mapping[str, Any], key: str, file: Path) -> list[Any]:
+    value = content.get(key) or []
+    if not isinstance(value, list):
+        raise CheckpointError(f"{file}: expected {key} to be a list, found {value!r}; copy it again")
+    return value
+
+
+def _positive(value: Any, name: str, file: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{file}: expected {name} to be a positive integer, found {value!r}; copy it again")
+    return value
 
 
 def _steps(file: Path) -> list[dict[str, Any]]:
@@ -261,16 +339,22 @@ def _mode(step: Mapping[str, Any], group: str, place: Path) -> str:
         raise CheckpointError(
             f"{place / file}: expected eps {LEROBOT_EPS}, found {eps}; this arithmetic is not offered"
         )
-    mode = (config.get("norm_map") or {}).get(kind, "IDENTITY")
-    if mode not in LEROBOT_MODES:
+    norm_map = _object(config, "norm_map", place / file)
+    if kind not in norm_map:  # LeRobot would go on without scaling
+        raise CheckpointError(
+            f"{place / file}: expected norm_map to say how {kind} is scaled ({', '.join(LEROBOT_MODES)}), found "
+            f"{', '.join(norm_map) or 'nothing'}; copy the file of the training run again"
+        )
+    mode = norm_map[kind]
+    if not isinstance(mode, str) or mode not in LEROBOT_MODES:
         raise CheckpointError(f"{place / file}: expected {kind} to be one of {', '.join(LEROBOT_MODES)}, found {mode}")
     return LEROBOT_MODES[mode]
 
 
 def _relative_mask(config: Mapping[str, Any], size: int | None, file: Path) -> tuple[bool, ...]:
     """One flag per action: True where the action is relative to the state. Excluded names match by substring."""
-    excluded = [str(name).lower() for name in config.get("exclude_joints") or () if name]
-    names = [str(name).lower() for name in config.get("action_names") or ()]
+    excluded = [str(name).lower() for name in _list(config, "exclude_joints", file) if name]
+    names = [str(name).lower() for name in _list(config, "action_names", file)]
     if size is None:
         raise CheckpointError(
             f"{file}: relative actions need the shape of the action feature; pass delta_mask yourself"

@@ -29,6 +29,10 @@ class PromptTokenizer:
         """Ids of `text`, BOS first (`bos=False`: without). Raises InputError if `text` is not a string."""
         if not isinstance(text, str):
             raise InputError(f"text: expected a string, found {type(text).__name__}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise InputError(
+                f"text: expected Unicode, found half of a surrogate pair in {text[:80]!r}; decode it again"
+            )
         ids = [int(i) for i in self._processor.encode(text)]
         return [self.bos_id, *ids] if bos else ids
 

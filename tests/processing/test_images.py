@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortexflow.errors import ConfigError, InputError
-from cortexflow.processing.images import METHODS, as_model_images, read_image, resize_with_pad, to_unit
+from cortexflow.processing.images import METHODS, as_model_images, read_image, resize_with_pad, to_bytes, to_unit
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -173,3 +175,87 @@ def test_read_image_refuses(tmp_path: Path) -> None:
     PIL.Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(InputError, match="8 bits per channel"):
         read_image(tmp_path / "deep.png")
+
+
+# ---- the pixels of the two clients -----------------------------------------------------------------
+
+
+def pattern(rows: int, columns: int) -> np.ndarray:
+    """A picture of every frequency, from whole numbers alone."""
+    i, j, c = np.arange(rows)[:, None, None], np.arange(columns)[None, :, None], np.arange(3)
+    return ((i * i * 7 + j * j * 13 + i * j * (c + 3) + c * 71) % 256).astype(np.uint8)
+
+
+# Size → the first half of the SHA-256 of openpi-client 0.1.2's image_tools.resize_with_pad(pattern, 224, 224).
+OPENPI_CLIENT = {
+    (480, 640): "e28e2850aadcdb48",
+    (720, 1280): "73459d5569df508a",
+    (360, 640): "057ba61564308de0",
+    (240, 320): "0ab766c4cfed364e",
+    (224, 224): "feb7288cd45d76ef",
+    (256, 256): "7191defc170b5697",
+    (84, 84): "2f5f9ad1948a500a",
+    (100, 224): "f74b7050f36d46b0",
+    (223, 225): "a6f8c8c8b2109c54",
+    (61, 40): "3a38b762dfaeeb56",
+    (40, 120): "2359eb278bf7018b",
+    (17, 1000): "ded6bbe81690c6d3",
+    (1000, 17): "22aab496f18a0a85",
+    (1, 1): "f6d1ca6a47ca7b08",
+}
+
+
+@pytest.mark.parametrize("size", OPENPI_CLIENT)
+def test_pixels_equal_those_recorded_of_openpi_client(size: tuple[int, int]) -> None:
+    found = resize_with_pad(pattern(*size), 224, 224, method="pil")
+    levels = np.rint((found.astype(np.float64) + 1) * 127.5).astype(np.uint8)
+    assert hashlib.sha256(levels.tobytes()).hexdigest()[:16] == OPENPI_CLIENT[size]
+    np.testing.assert_array_equal(found, levels.astype(np.float32) / 255 * 2 - 1)
+
+
+@pytest.mark.parametrize("size", [*OPENPI_CLIENT, (50, 51), (333, 777), (2, 300)])
+def test_pixels_equal_openpi_client(size: tuple[int, int]) -> None:
+    tools = pytest.importorskip("openpi_client.image_tools")
+    image = pattern(*size)
+    expected = tools.resize_with_pad(image, 224, 224)
+    found = resize_with_pad(image, 224, 224, method="pil")
+    np.testing.assert_array_equal(found, expected.astype(np.float32) / 255 * 2 - 1)
+    floats = np.random.default_rng(0).random(image.shape)
+    np.testing.assert_array_equal(to_bytes(floats), tools.convert_to_uint8(floats))
+
+
+@pytest.mark.parametrize("size", [*OPENPI_CLIENT, (50, 51), (333, 777)])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_pixels_equal_lerobots_formula(size: tuple[int, int], dtype: str) -> None:
+    """lerobot src/lerobot/policies/common/vla_utils.py (resize_with_pad_torch), then `* 2 - 1`."""
+    image = pattern(*size)
+    batch = torch.from_numpy(image).permute(2, 0, 1)[None].float().contiguous() / 255
+    if size != (224, 224):
+        ratio = max(size[1] / 224, size[0] / 224)
+        inner = int(size[0] / ratio), int(size[1] / ratio)
+        batch = F.interpolate(batch, size=inner, mode="bilinear", align_corners=False).clamp(0.0, 1.0)
+        (top, odd_row), (left, odd_column) = (divmod(224 - side, 2) for side in inner)
+        batch = F.pad(batch, (left, left + odd_column, top, top + odd_row), value=0.0)
+    expected = (batch * 2.0 - 1.0)[0].permute(1, 2, 0).numpy()
+    given = image if dtype == "uint8" else torch.from_numpy(image).float() / 255
+    np.testing.assert_array_equal(resize_with_pad(given, 224, 224, method="lerobot", low=0.0), expected)
+
+
+def test_floats_of_a_camera_are_cut_to_bytes_by_pil_alone() -> None:
+    image = np.random.default_rng(1).random((8, 8, 3))
+    for dtype in (np.float16, np.float32, np.float64):
+        floats = image.astype(dtype)
+        cut = (255 * floats).astype(np.uint8)
+        found = resize_with_pad(floats, 8, 8, method="pil", low=0.0)
+        np.testing.assert_array_equal(found, resize_with_pad(cut, 8, 8, method="pil"))
+    kept = resize_with_pad(image, 8, 8, method="lerobot", low=0.0)
+    np.testing.assert_array_equal(kept, image.astype(np.float32) * 2 - 1)
+    with pytest.raises(InputError, match=r"expected float32 pixels in \[0, 1\], found \[-1, -1\]"):
+        resize_with_pad(np.full((8, 8, 3), -1.0), 8, 8, method="lerobot", low=0.0)
+
+
+def test_huge_and_unreadable_pictures() -> None:
+    with pytest.raises(InputError, match="expected at most 100,000,000 pixels"):
+        resize_with_pad(np.broadcast_to(np.uint8(0), (10**5, 10**4, 3)), 8, 8, method="pil")
+    with pytest.raises(InputError, match="image: expected pixels in memory, found Tensor"):
+        resize_with_pad(torch.zeros(8, 8, 3, device="meta"), 8, 8, method="pil")

@@ -15,10 +15,13 @@ from cortexflow.processing.stats import (
     POSTPROCESSOR,
     PREPROCESSOR,
     Stats,
+    asset_ids,
+    check_stats,
     lerobot_options,
     load_stats,
     make_stats,
     save_stats,
+    stats_file,
 )
 
 
@@ -247,3 +250,39 @@ def test_old_buffers(tmp_path: Path, stats: Stats) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"state.mean.*NaN or infinity"):
         load_stats(tmp_path)
+
+
+# ---- checks before anything is scaled --------------------------------------------------------------
+
+
+def test_a_norm_map_that_is_silent_is_an_error(stats: Stats, tmp_path: Path) -> None:
+    """LeRobot would leave the values as they are."""
+    save_stats(stats, tmp_path, norm="quantile")
+    file = tmp_path / "policy_postprocessor.json"
+    content = json.loads(file.read_text())
+    norm_map = content["steps"][0]["config"]["norm_map"]
+    norm_map["ACTIONS"] = norm_map.pop("ACTION")
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"policy_postprocessor.json: expected norm_map to say how ACTION is sca"):
+        lerobot_options(tmp_path)
+
+
+def test_stats_file_and_assets(stats: Stats, tmp_path: Path) -> None:
+    assert asset_ids(tmp_path) == []
+    for asset in ("trossen", "my/data"):
+        file = tmp_path / "assets" / asset / "norm_stats.json"
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    assert asset_ids(tmp_path) == ["my/data", "trossen"]
+    assert stats_file(tmp_path, asset_id="my/data") == tmp_path / "assets/my/data/norm_stats.json"
+    save_stats(stats, tmp_path / "lerobot", norm="quantile")
+    assert stats_file(tmp_path / "lerobot") == tmp_path / "lerobot"
+
+
+def test_check_stats(stats: Stats) -> None:
+    check_stats(stats, "file", "state", ("q01", "q99"), (8, 32))
+    check_stats(stats, "file", "state", (), (3,))
+    with pytest.raises(CheckpointError, match=r"file: expected state.q01 of 7 or 32 values, found 8"):
+        check_stats(stats, "file", "state", ("q01",), (7, 32))
+    with pytest.raises(CheckpointError, match="file: expected the key 'state' to hold q50, found mean, q01, q99, std"):
+        check_stats(stats, "file", "state", ("q50",), ())
