@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     Path("demo-output").mkdir()
     Path("demo-output/checkpoint").symlink_to(ROOT / "tests/data/pi/pi05_tiny")
@@ -21,6 +21,7 @@ def test_python_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         exec(compile(block, "README.md", "exec"), namespace)
     actions = namespace["actions"]
     assert tuple(actions.shape) == (1, 10, 32)  # type: ignore[attr-defined]
+    assert namespace["chunk"].shape == (10, 32)  # type: ignore[attr-defined]
     assert "fused.modulated_norm_matmul" in capsys.readouterr().out
 
 
