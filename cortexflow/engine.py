@@ -33,7 +33,7 @@ from cortexflow.observation import FixedPrompt, directory
 from cortexflow.processing import load_tokenizer, pad_to, state_bins
 from cortexflow.processing.arrays import as_floats, to_numpy
 from cortexflow.processing.prompts import Encoder, as_bins, prompt_format, prompt_pieces
-from cortexflow.processing.tokenizer import PAD_ID
+from cortexflow.processing.tokenizer import FILE_NAMES, PAD_ID
 
 if TYPE_CHECKING:
     from cortexflow.replicas import ReplicatedEngine
@@ -542,10 +542,9 @@ def _find_tokenizer(config: InferenceConfig, opened: Checkpoint | None) -> Encod
         return load_tokenizer(os.fspath(config.tokenizer_path))
     if opened is None or opened.path is None:
         return None
-    try:
-        return load_tokenizer(directory(opened))
-    except CheckpointError:
-        return None
+    beside = directory(opened)
+    there = any((beside / name).is_file() for name in FILE_NAMES)  # one that is there and damaged is an error
+    return load_tokenizer(beside) if there else None
 
 
 # ---- ways in ---------------------------------------------------------------------------------------

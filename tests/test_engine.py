@@ -33,7 +33,7 @@ from cortexflow import (
     register_backend,
 )
 from cortexflow.backends import BACKENDS, CompiledBackend, Stage
-from cortexflow.demo import random_weights, train_tokenizer
+from cortexflow.demo import random_weights, train_tokenizer, write_checkpoint
 from cortexflow.models import ModelConfig, VLAModel, create_model
 from tests.models.cases import DATA, batches, distance
 
@@ -570,3 +570,11 @@ def test_replicas_on_every_gpu(tokenizer: Path) -> None:
         actions = many.predict_batch(images(9), "go", seed=list(range(9)))
     expected = alone.predict_batch(images(9), "go", seed=list(range(9)))
     assert np.linalg.norm(actions - expected) / np.linalg.norm(expected) < 0.05
+
+
+def test_a_damaged_tokenizer_beside_the_checkpoint_is_named(tmp_path: Path) -> None:
+    """A missing one is refused when a prompt is text; a broken one must not pass for a missing one."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    (checkpoint / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: expected a sentencepiece model"):
+        create_pi05_inference(checkpoint, 2, 10, **CPU)
