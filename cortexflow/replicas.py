@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from cortexflow.configuration import InferenceConfig
-from cortexflow.engine import Actions, Source, VLAInferenceEngine, batch_columns, open_model
+from cortexflow.engine import Actions, VLAInferenceEngine
+from cortexflow.episodes import batch_columns
 from cortexflow.errors import CheckpointError, ConfigError, CortexFlowError, InputError, TargetError
 from cortexflow.models import ModelConfig
+from cortexflow.sources import Source, open_model
 
 
 class ReplicaError(CortexFlowError, RuntimeError):
