@@ -5,7 +5,8 @@ it is made of; `cortexflow.ir`, `cortexflow.passes` and `cortexflow.codegen` are
 """
 
 from cortexflow.backends import ComputeBackend, register_backend
-from cortexflow.compiler import Compiled, compile, load_model
+from cortexflow.compiled import Compiled
+from cortexflow.compiler import compile, load_model
 from cortexflow.configuration import BackendType, InferenceConfig
 from cortexflow.engine import VLAInferenceEngine, create_inference, create_pi0_inference, create_pi05_inference
 from cortexflow.errors import (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,13 +22,12 @@ from torch import Tensor
 
 from cortexflow.codegen import Target, find_target
 from cortexflow.codegen.target import TARGETS
-from cortexflow.compiler import Compiled, lower
+from cortexflow.compiled import Compiled
+from cortexflow.compiler import Shared, build_one
 from cortexflow.configuration import BackendType, InferenceConfig
 from cortexflow.errors import ConfigError, InputError
 from cortexflow.ir import Type
 from cortexflow.models import VLAModel
-from cortexflow.passes.plan_buffers import plan_buffers
-from cortexflow.weights import Weights, check_weights, fingerprints, prepare, stages_of
 
 Stage = Tensor | Mapping[str, Tensor]
 
@@ -190,28 +189,21 @@ class CompiledBackend(ComputeBackend):
 
     def _build(self, batch: int, slots: int, known: dict[str, Tensor]) -> Compiled:
         """One signature, over the weights that earlier ones left in `_forms` (and, prepared, in `known`)."""
-        c, target, source = self.config, self._target, self.model.weights or {}
+        c, target = self.config, self._target
         off = frozenset() if c.use_cuda_graphs else frozenset({"cuda_graph"} & target.switches.keys())
-        signature = c.signature(self.model.config, batch, slots)
-        lowered, steps = lower(self.model, signature, c.dtype, target, weights=source, without=off)
-        check_weights(lowered, source)
-        stages, marks = stages_of(lowered), fingerprints(lowered)
-        made = cache(lambda: prepare(lowered, source, c.progress, known)[1])  # when the first is asked for
-        given: dict[str, Any] = {
-            "forms": {key: self._forms.setdefault(mark, {}) for key, mark in marks.items()},
-            "tune": c.tune,
-            "progress": c.progress,
-        }
-        options = {name: given[name] for name in target.options}
-        if target.switches:
-            options["without"] = off
-        types = stages.weight_types()
         with on_device(self.device):
-            ready = Weights(list(types), lambda key: made()[key])
-            executable = target.build(stages, ready, self.device, **options)
-        size = sum(t.nbytes for t in types.values())
-        vocabulary = self.model.config.vocab_size
-        return Compiled(executable, stages, steps, plan_buffers(stages), size, vocabulary, target.name)
+            return build_one(
+                self.model,
+                c.signature(self.model.config, batch, slots),
+                target,
+                self.model.weights or {},
+                self.device,
+                dtype=c.dtype,
+                without=off,
+                tune=c.tune,
+                progress=c.progress,
+                shared=Shared(known, self._forms),
+            )
 
 
 def _fits(compiled: Compiled, inputs: Mapping[str, Tensor]) -> bool:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cortexflow.checkpoints import Checkpoint, count_nonfinite, match, open_checkpoint
 from cortexflow.codegen import Executable, Target, find_target
-from cortexflow.errors import CheckpointError, ConfigError, InputError, TargetError
-from cortexflow.inputs import check_inputs
-from cortexflow.ir import Module, Type, clone, dump, verify
-from cortexflow.ir.cost import cost_report
+from cortexflow.compiled import Compiled
+from cortexflow.errors import CheckpointError, ConfigError, InputError
+from cortexflow.ir import Module, clone, verify
 from cortexflow.models import ModelConfig, Signature, VLAModel, create_model
-from cortexflow.passes import Step, report, run_passes
+from cortexflow.passes import Step, run_passes
 from cortexflow.passes.expose import expose as expose_named
 from cortexflow.passes.pipeline import SWITCHES, Pass, pipeline, switched
-from cortexflow.passes.plan_buffers import Plan, plan_buffers
+from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import Weights, check_weights, fingerprints, prepare, stages_of
 
 DTYPES = {
@@ -37,143 +35,6 @@ DTYPES = {
     "bf16": "bf16",
     "f16": "f16",
 }
-
-
-class Compiled:
-    """A policy for one signature on one target: call it, save it, or look at how it came about.
-
-    Compiled for several prompt buckets, it is the largest, and a call goes to the smallest that holds its prompt.
-
-    Attributes:
-        executable: what the target built.
-        module: the stages as the target runs them, without `prepare`.
-        steps: what each pass did, with the module after it.
-        plan: where each temporary lives in one arena, and the least that any plan needs.
-        weight_bytes: size of the weights as prepared, those of all buckets together.
-        target: the target's name.
-    """
-
-    def __init__(
-        self,
-        executable: Executable,
-        module: Module,
-        steps: list[Step],
-        plan: Plan,
-        weight_bytes: int,
-        vocabulary: int | None,
-        target: str,
-    ) -> None:
-        self.executable = executable
-        self.module = module
-        self.steps = steps
-        self.plan = plan
-        self.weight_bytes = weight_bytes
-        self.target = target
-        self._smaller: tuple[Compiled, ...] = ()
-        self._inputs, self._vocabulary = module.inputs, vocabulary
-
-    @property
-    def inputs(self) -> dict[str, Type]:
-        """What a call takes, by name."""
-        return dict(self._inputs)
-
-    @property
-    def buckets(self) -> dict[int, Compiled]:
-        """Slots of each prompt bucket → the policy compiled for it, in rising order; empty for a single signature."""
-        return {b.inputs["tokens"].shape[1]: b for b in (*self._smaller, self)} if self._smaller else {}
-
-    @property
-    def outputs(self) -> dict[str, Type]:
-        """What a call returns, by name."""
-        return self.module.outputs
-
-    def __call__(self, **inputs: Any) -> Tensor | dict[str, Tensor]:
-        """Run the policy: tensors (or arrays) in by name, the result out; a dictionary where there are several.
-
-        Masks may be left out, prompts may be shorter than their bucket. Raises `InputError`.
-        """
-        bucket = self.bucket(inputs)
-        results = bucket.executable.run(bucket.check(inputs))
-        return next(iter(results.values())) if len(results) == 1 else results
-
-    def bucket(self, inputs: Mapping[str, Any]) -> Compiled:
-        """The policy of the smallest bucket with a slot for every token given; the largest where none is, or too many.
-
-        What counts is the extent of `tokens`, not of its mask: a prompt that comes padded to 200 slots takes 200.
-        """
-        tokens = inputs.get("tokens")
-        if not self._smaller or tokens is None:
-            return self
-        given = np.shape(tokens)[-1:] or (0,)
-        return next((b for b in self._smaller if b._inputs["tokens"].shape[1] >= given[0]), self)
-
-    def check(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The inputs as tensors of their declared types; raises `InputError`."""
-        return check_inputs(self._inputs, inputs, self._vocabulary)
-
-    def stage_times(self, repeats: int = 5, **inputs: Any) -> dict[str, float]:
-        """Milliseconds of each stage, the median of some runs after one to warm up."""
-        bucket = self.bucket(inputs)
-        values: dict[str, Tensor] = bucket.check(inputs)
-        times: dict[str, float] = {}
-        for stage in bucket.module.stages:
-            runs = []
-            for _ in range(repeats + 1):
-                start = time.perf_counter()
-                results = bucket.executable.run_stage(stage.name, values)
-                _wait(results)
-                runs.append((time.perf_counter() - start) * 1e3)
-            times[stage.name] = sorted(runs[1:])[repeats // 2]
-            values |= results
-        return times
-
-    def dump_ir(self, after: str | None = None) -> str:
-        """The listing of the module as it runs; as it came in (`"input"`); or after the last pass of a name."""
-        if after is None:
-            return dump(self.module)
-        named = [s for s in self.steps if s.name == after]
-        if not named:
-            known = ", ".join(dict.fromkeys(s.name for s in self.steps))
-            raise ConfigError(f"no pass is named {after!r}; there are {known}")
-        return dump(named[-1].module)
-
-    def source(self) -> str:
-        """The target's artefact as text."""
-        return self.executable.source()
-
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write the artefact into a folder, made if absent, so that it runs without this package.
-
-        Returns the files written; several buckets are written each into a folder `prompt_SLOTS`, weights included.
-        Raises `TargetError` where the target has no form on disk.
-        """
-        if self._smaller:
-            parts = {f"prompt_{slots}": b.executable for slots, b in self.buckets.items()}
-        else:
-            parts = {"": self.executable}
-        written: list[Path] = []
-        for name, executable in parts.items():
-            save = getattr(executable, "save", None)  # a target of one's own may do without
-            if save is None:
-                raise TargetError(
-                    f"target {self.target!r} cannot be saved: what it builds has no form on disk; source() is its text"
-                )
-            written += save(Path(folder) / name)
-        return written
-
-    def pass_report(self) -> str:
-        """A table of what each pass did."""
-        return report(self.steps)
-
-    def memory_report(self) -> str:
-        """Bytes of the weights, and of the temporaries of each bucket as planned, beside their lower bound."""
-        plans = [f"prompts of {n}: {b.plan.report()}" for n, b in self.buckets.items()] or [self.plan.report()]
-        own = getattr(self.executable, "memory_report", None)  # where a target has more to tell
-        return "\n".join([f"weights: {self.weight_bytes:,} bytes", *plans, *([own()] if own else [])])
-
-    def cost_report(self) -> str:
-        """Operations and bytes of each stage."""
-        return cost_report(self.module)
 
 
 def compile(
@@ -226,38 +87,86 @@ def compile(
     if isinstance(model, Module):
         if any(v is not None for v in (views, prompt, chunk, steps)) or batch != 1:
             raise ConfigError("an ir.Module has its shapes already: views, prompt, chunk, steps and batch do not apply")
-        graph, source, signatures, vocabulary = model, model.weights if weights is None else weights, [None], None
+        graph, source, signatures = model, model.weights if weights is None else weights, [None]
     else:
         graph, source = _model_and_weights(model, weights, allow_pickle)
         slots = _slots(prompt)
         shape = {"batch": batch, "views": views, "chunk": chunk, "steps": steps}
         signatures = [Signature.of(graph.config, prompt=n, **shape) for n in slots]
-        vocabulary = graph.config.vocab_size
-    known: dict[str, Tensor] = {}  # prepared weights by fingerprint: buckets share them, and their forms on the device
-    forms: dict[str, dict[Any, Tensor]] = {}
-    sizes: dict[tuple[str, str], int] = {}
-    made: list[Compiled] = []
-    for signature in signatures:
-        lowered, done = lower(graph, signature, dtype, found, passes, expose=expose, weights=source, without=off)
-        check_weights(lowered, source)
-        stages, marks = stages_of(lowered), fingerprints(lowered)
-        ready = _when_read(lowered, source, progress, known)  # a target may compile kernels first, and meanwhile
-        given = {
-            "forms": {key: forms.setdefault(mark, {}) for key, mark in marks.items()},
-            "tune": tune,
-            "progress": progress,
-        }
-        options: dict[str, Any] = {name: given[name] for name in found.options}
-        if found.switches:
-            options["without"] = off & found.switches.keys()
-        executable = found.build(stages, ready, place, **options)
-        _dump_source(executable, found, len(done))
-        sizes |= {(key, marks[key]): t.nbytes for key, t in stages.weight_types().items()}
-        size = sum(sizes.values())
-        made.append(Compiled(executable, stages, done, plan_buffers(stages), size, vocabulary, found.name))
+    shared = Shared()
+    made = [
+        build_one(
+            graph,
+            signature,
+            found,
+            source,
+            place,
+            dtype=dtype,
+            passes=passes,
+            expose=expose,
+            without=off,
+            tune=tune,
+            progress=progress,
+            shared=shared,
+        )
+        for signature in signatures
+    ]
     *smaller, policy = made
     policy._smaller = tuple(smaller)
     return policy
+
+
+@dataclass
+class Shared:
+    """What the builds of one policy, for several signatures, have in common.
+
+    Attributes:
+        known: prepared weights by fingerprint.
+        forms: by fingerprint what a target made of a weight on the device, for its next build.
+        sizes: bytes of the prepared weights by key and fingerprint.
+    """
+
+    known: dict[str, Tensor] = field(default_factory=dict)
+    forms: dict[str, dict[Any, Tensor]] = field(default_factory=dict)
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+def build_one(
+    graph: VLAModel | Module,
+    signature: Signature | None,
+    target: Target,
+    source: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    dtype: torch.dtype | str,
+    passes: Sequence[tuple[str, Pass]] | None = None,
+    expose: tuple[str, ...] = (),
+    without: frozenset[str] = frozenset(),
+    tune: bool,
+    progress: bool,
+    shared: Shared,
+) -> Compiled:
+    """Lower and build one signature, over the weights that earlier builds left in `shared`; arguments as of `compile`.
+
+    `weight_bytes` of the result counts the weights of all builds that `shared.sizes` has seen.
+    """
+    lowered, steps = lower(graph, signature, dtype, target, passes, expose=expose, weights=source, without=without)
+    check_weights(lowered, source)
+    stages, marks = stages_of(lowered), fingerprints(lowered)
+    prepared = cache(lambda: prepare(lowered, source, progress, shared.known)[1])
+    # Prepared when the first is asked for: a target may compile kernels first, and meanwhile.
+    ready = Weights(list(stages.weight_types()), lambda key: prepared()[key])
+    forms = {key: shared.forms.setdefault(mark, {}) for key, mark in marks.items()}
+    given = {"forms": forms, "tune": tune, "progress": progress}
+    options: dict[str, Any] = {name: given[name] for name in target.options}
+    if target.switches:
+        options["without"] = without & target.switches.keys()
+    executable = target.build(stages, ready, device, **options)
+    _dump_source(executable, target, len(steps))
+    shared.sizes |= {(key, marks[key]): t.nbytes for key, t in stages.weight_types().items()}
+    vocabulary = None if isinstance(graph, Module) else graph.config.vocab_size
+    size = sum(shared.sizes.values())
+    return Compiled(executable, stages, steps, plan_buffers(stages), size, vocabulary, target.name)
 
 
 def _slots(prompt: Any) -> list[Any]:
@@ -267,14 +176,6 @@ def _slots(prompt: Any) -> list[Any]:
     if not prompt or not all(isinstance(n, int) for n in prompt):
         raise ConfigError(f"prompt: expected slots of a bucket or of several, as 48 or (48, 200), found {prompt!r}")
     return sorted(set(prompt))
-
-
-def _when_read(
-    module: Module, source: Mapping[str, Tensor], progress: bool, known: dict[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """The weights of a module's stages, all prepared when the first is asked for."""
-    made = cache(lambda: prepare(module, source, progress, known)[1])
-    return Weights(list(stages_of(module).weight_types()), lambda key: made()[key])
 
 
 def switches(target: Target | str | None = None) -> dict[str, str]:
@@ -407,11 +308,6 @@ def _dump_source(executable: Executable, target: Target, number: int) -> None:
     if folder := os.environ.get("CORTEXFLOW_DUMP"):
         suffix = {"torch": "py", "onnx": "txt"}.get(target.name, "txt")
         (Path(folder) / f"{number:02d}_{target.name}_source.{suffix}").write_text(executable.source())
-
-
-def _wait(results: Mapping[str, Tensor]) -> None:
-    if any(t.is_cuda for t in results.values()):
-        torch.cuda.synchronize()
 
 
 __all__ = ["Compiled", "ModelConfig", "compile", "load_model", "lower", "switches"]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from cortexflow.checkpoints import Checkpoint, open_checkpoint
-from cortexflow.compiler import Compiled, compile
+from cortexflow.compiled import Compiled
+from cortexflow.compiler import compile
 from cortexflow.errors import ConfigError, InputError, TargetError
 from cortexflow.models import Signature, VLAModelType
 from cortexflow.observation import (

@@ -9,7 +9,7 @@ import sys
 import cortexflow
 from cortexflow.checkpoints import Checkpoint, open_checkpoint
 from cortexflow.codegen import TARGETS
-from cortexflow.compiler import Compiled
+from cortexflow.compiled import Compiled
 from cortexflow.errors import InputError
 from cortexflow.models import Signature
 

@@ -17,7 +17,7 @@ from cortexflow.checkpoints import Checkpoint
 from cortexflow.cli.arguments import opened, say, signature_of
 from cortexflow.cli.text import heading, size_text, table
 from cortexflow.codegen import TARGETS
-from cortexflow.compiler import Compiled
+from cortexflow.compiled import Compiled
 from cortexflow.errors import ConfigError, CortexFlowError
 from cortexflow.ir import Type
 from cortexflow.models import Signature, create_model
