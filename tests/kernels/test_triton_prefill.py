@@ -90,33 +90,39 @@ def glu(m: int, w: int, act: str) -> Case:
     return case
 
 
-def rope(t: int, heads: int, d: int) -> Case:
+def rope(b: int, t: int, heads: int, d: int, angles: str = "each") -> Case:
+    """`angles`: each sample has its own, or one table is for all."""
+
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
-        x = draw.normal(t, heads + 3, d)[:, 1 : heads + 1]  # the middle of a wider buffer
-        angles = draw.normal(t, d // 2, dtype=F32)
-        out = draw.poisoned(t, heads * d).unflatten(-1, (heads, d))
-        rows.rope(x, angles.cos(), angles.sin(), out)
-        return out, meaning("rope", x, angles.cos(), angles.sin())
+        x = draw.normal(b, t + 2, heads + 3, d)[:, 1 : t + 1, 1 : heads + 1]  # the middle of a wider buffer
+        table = draw.normal(b if angles == "each" else 1, t, d // 2, dtype=F32)
+        out = draw.poisoned(b, t, heads * d).unflatten(-1, (heads, d))
+        rows.rope(x, table.cos(), table.sin(), out)
+        return out, meaning("rope", x, table.cos(), table.sin())
 
     return case
 
 
-def rope_and_cache(t: int, heads: int, groups: int, d: int, queries: str = "apart") -> Case:
-    """The rotated queries, keys and the values side by side; `queries`: apart, in place, or left."""
+def rope_and_cache(
+    b: int, t: int, heads: int, groups: int, d: int, queries: str = "apart", angles: str = "each"
+) -> Case:
+    """Rotated queries, keys and the values side by side; `queries`: apart, in place, or left; `angles`: as above."""
 
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
-        qkv, angles = draw.rows(t, (heads + 2 * groups) * d), draw.normal(t, d // 2, dtype=F32)
+        qkv = draw.rows(b, t + 2, (heads + 2 * groups) * d)[:, 1 : t + 1]
+        table = draw.normal(b if angles == "each" else 1, t, d // 2, dtype=F32)
         given = qkv.clone().unflatten(-1, (-1, d))
-        out = draw.poisoned(t, (heads + 2 * groups) * d).unflatten(-1, (-1, d))
-        q, k, v = out.split([heads, groups, groups], 1)
-        place = {"apart": q, "in place": qkv[:, : heads * d].unflatten(-1, (heads, d)), "left": None}[queries]
-        rows.rope_and_cache(qkv, angles.cos(), angles.sin(), place, k, v)
+        out = draw.poisoned(b, t, (heads + 2 * groups) * d).unflatten(-1, (-1, d))
+        q, k, v = out.split([heads, groups, groups], 2)
+        ahead = qkv[..., : heads * d].unflatten(-1, (heads, d))
+        place = {"apart": q, "in place": ahead, "left": None}[queries]
+        rows.rope_and_cache(qkv, table.cos(), table.sin(), place, k, v)
         if queries != "apart":
-            q.copy_(qkv[:, : heads * d].unflatten(-1, (heads, d)))
-        turned = meaning("rope", given[:, : heads + groups], angles.cos(), angles.sin())
+            q.copy_(ahead)
+        turned = meaning("rope", given[:, :, : heads + groups], table.cos(), table.sin())
         if queries == "left":
-            turned[:, :heads] = given[:, :heads]
-        return out, torch.cat([turned, given[:, heads + groups :]], 1)
+            turned[:, :, :heads] = given[:, :, :heads]
+        return out, torch.cat([turned, given[:, :, heads + groups :]], 2)
 
     return case
 
@@ -188,12 +194,17 @@ SMALL: dict[str, Case] = {
     "layer_norm behind a bias, two rows at once": norm_behind_a_bias(5, 1201, True),
     **{f"glu {a}": glu(2, 21, a) for a in ACTS},
     "glu in pieces": glu(2, 2051, "gelu_tanh"),
-    "rope": rope(5, 3, 10),
-    "rope of one head": rope(3, 1, 16),
-    "rope and cache": rope_and_cache(5, 6, 2, 24),
-    "rope and cache of one group": rope_and_cache(3, 8, 1, 16),
-    "rope and cache in place": rope_and_cache(3, 5, 3, 10, "in place"),
-    "rope and cache of keys": rope_and_cache(3, 5, 3, 10, "left"),
+    "rope": rope(1, 5, 3, 10),
+    "rope of one head": rope(1, 3, 1, 16),
+    "rope and cache": rope_and_cache(1, 5, 6, 2, 24),
+    "rope and cache of one group": rope_and_cache(1, 3, 8, 1, 16),
+    "rope and cache in place": rope_and_cache(1, 3, 5, 3, 10, "in place"),
+    "rope and cache of keys": rope_and_cache(1, 3, 5, 3, 10, "left"),
+    "rope of a batch": rope(3, 5, 3, 10),
+    "rope of a batch that shares angles": rope(2, 5, 1, 16, "one"),
+    "rope and cache of a batch": rope_and_cache(3, 5, 6, 2, 24),
+    "rope and cache of a batch in place": rope_and_cache(2, 3, 5, 3, 10, "in place", "one"),
+    "rope and cache of a batch of keys": rope_and_cache(2, 3, 5, 3, 10, "left"),
     "epilogue bare": epilogue(2, 19, "none", False, False, False),
     **{f"epilogue {a}": epilogue(2, 19, a, True, True, True) for a in ACTS},
     "epilogue residual": epilogue(3, 33, "none", False, True, False),
@@ -232,11 +243,15 @@ LARGE: dict[str, Case] = {
     "layer_norm behind a bias, odd": norm_behind_a_bias(33, 999, True),
     **{f"glu {a}": glu(13, 999, a) for a in ACTS},
     "glu": glu(561, 16384, "gelu_tanh"),
-    "rope": rope(561, 8, 256),
-    "rope odd": rope(21, 5, 18),
-    "rope and cache": rope_and_cache(561, 8, 1, 256),
-    "rope and cache in place": rope_and_cache(21, 5, 3, 18, "in place"),
-    "rope and cache of keys": rope_and_cache(21, 5, 3, 18, "left"),
+    "rope": rope(1, 561, 8, 256),
+    "rope odd": rope(1, 21, 5, 18),
+    "rope and cache": rope_and_cache(1, 561, 8, 1, 256),
+    "rope and cache in place": rope_and_cache(1, 21, 5, 3, 18, "in place"),
+    "rope and cache of keys": rope_and_cache(1, 21, 5, 3, 18, "left"),
+    "rope of a batch": rope(8, 51, 8, 256),
+    "rope of a batch that shares angles": rope(3, 21, 5, 18, "one"),
+    "rope and cache of a batch": rope_and_cache(8, 561, 8, 1, 256),
+    "rope and cache of a batch in place": rope_and_cache(3, 21, 5, 3, 18, "in place", "one"),
     "epilogue": epilogue(512, 4304, "gelu_tanh", True, False, False),
     "epilogue all": epilogue(37, 1153, "silu", True, True, True),
     "epilogue in place": epilogue(512, 1152, "none", True, True, False, in_place=True),
@@ -328,8 +343,8 @@ LAUNCHES: dict[str, tuple[str, str, torch.dtype, Case]] = {  # odd extents: noth
     "layer norm": ("rows", "norm_kernel", BF16, layer_norm(16, 1152, True)),
     "layer norm behind a bias": ("rows", "norm_kernel", BF16, norm_behind_a_bias(16, 1152, True)),
     "glu": ("rows", "glu_kernel", BF16, glu(16, 16384, "gelu_tanh")),
-    "rope": ("rows", "rope_kernel", BF16, rope(16, 8, 256)),
-    "rope and cache": ("rows", "rope_and_cache_kernel", BF16, rope_and_cache(16, 8, 1, 256)),
+    "rope": ("rows", "rope_kernel", BF16, rope(1, 16, 8, 256)),
+    "rope and cache": ("rows", "rope_and_cache_kernel", BF16, rope_and_cache(1, 16, 8, 1, 256)),
     "epilogue": ("rows", "epilogue_kernel", BF16, epilogue(16, 4304, "gelu_tanh", True, True, False)),
     "attention d 72": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 72)),
     "attention d 72 masked": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 72, "pairs")),

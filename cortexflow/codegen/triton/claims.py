@@ -98,6 +98,14 @@ def _modulated(op: Op) -> bool:
     return _row_vector(op.inputs[1], width) and _row_vector(op.inputs[2], width)
 
 
+def has_table(x: Value, cosine: Value) -> bool:
+    """Whether the angles of x [b, t, heads, d] are a table [1|b, t, d / 2]: a row a token."""
+    if len(x.type.shape) != 4:
+        return False
+    b, t, _, d = x.type.shape
+    return cosine.type.shape in ((1, t, d // 2), (b, t, d // 2))
+
+
 def _segments(op: Op) -> bool:
     """Whether attention over a cache suits the decoding kernels."""
     q, k0, v0, cosine, mask = (op.inputs[i].type for i in (0, 1, 2, 5, 7))

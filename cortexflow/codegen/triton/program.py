@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cortexflow.codegen.torch import RULES as TORCH_RULES
+from cortexflow.codegen.triton.claims import has_table
 from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Block, Func, Module, Op, Value
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cortexflow.kernels.gluon import streaming, warpgroup
+from cortexflow.kernels.torch import functions
 from cortexflow.kernels.torch.functions import *
 from cortexflow.kernels.triton import prefill_attention, product
 from cortexflow.kernels.triton.gather import embed
@@ -251,12 +253,9 @@ def joined_rotations(block: Block, plan: Plan) -> dict[Op, tuple[Value, Value, V
     found: dict[Op, tuple[Value, Value, Value]] = {}
     launched = [op for op in block.ops if op.name not in _SILENT and not plan.layouts.keys() & set(op.outputs)]
     for move, queries, keys in zip(launched, launched[1:], launched[2:], strict=False):
-        if (
-            move.name != "slice"
-            or queries.name != "rope"
-            or keys.name != "rope"
-            or queries.inputs[1:] != keys.inputs[1:]
-        ):
+        if (move.name, queries.name, keys.name) != ("slice", "rope", "rope") or not has_table(*queries.inputs[:2]):
+            continue
+        if queries.inputs[1:] != keys.inputs[1:]:
             continue
         parts = [_columns(queries.inputs[0]), _columns(keys.inputs[0]), _columns(move.out)]
         if None in parts:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cortexflow.codegen.triton.claims import SOME_ROWS, STREAMED, grouped, row_count, skinny_config, stored, streams
+from cortexflow.codegen.triton.claims import (
+    SOME_ROWS,
+    STREAMED,
+    grouped,
+    has_table,
+    row_count,
+    skinny_config,
+    stored,
+    streams,
+)
 from cortexflow.codegen.triton.configs import attending, multiplying, segmented, streamed, warped
 from cortexflow.ir.core import FLOATS, Op, Value
 
@@ -298,21 +307,14 @@ def _modulated_norm(stage: Stage, op: Op, out: str) -> list[str]:
 
 def _rope(stage: Stage, op: Op, out: str) -> list[str]:
     x, cosine, sine = op.inputs
-    b = x.type.shape[0]
-    if len(x.type.shape) != 4 or cosine.type.shape[0] not in (1, b):
-        return stage.copied(op, out)
-    angles = [
-        ", ".join(f"{stage.read(t, 2)}[{i if t.type.shape[0] > 1 else 0}]" for t in (cosine, sine)) for i in range(b)
-    ]
+    if not has_table(x, cosine):  # PyTorch's function of the same name
+        return [f"{out}.copy_(functions.rope({', '.join(map(stage.name, op.inputs))}))"]
+    angles = f"{stage.read(cosine, 3)}, {stage.read(sine, 3)}"
     if op in stage.rotated:
         qkv, keys, values = stage.rotated[op]
-        shape = keys.type.shape[1:]
-        return [
-            f"rope_and_cache({stage.read(qkv)}[{i}], {angles[i]}, {out}[{i}], {stage.name(keys)}[{i}], "
-            f"{stage.name(values)}[{i}].view{shape})"
-            for i in range(b)
-        ]
-    return [f"rope({stage.read(x)}[{i}], {angles[i]}, {out}[{i}])" for i in range(b)]
+        moved = f"{stage.name(values)}.view({keys.type.shape})"
+        return [f"rope_and_cache({stage.read(qkv)}, {angles}, {out}, {stage.name(keys)}, {moved})"]
+    return [f"rope({stage.read(x)}, {angles}, {out})"]
 
 
 def _glu(stage: Stage, op: Op, out: str) -> list[str]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
+from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, per_sample, wait_for_previous
 
 
 @triton.jit
@@ -129,70 +129,83 @@ def _turn(
 
 @triton.jit
 def rope_kernel(
-    x, cosine, sine, out, x_token, x_head, out_token, out_head,
-    HEADS: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+    x, cosine, sine, out, x_sample, x_token, x_head, angle_sample, out_sample, out_token, out_head,
+    HEADS: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
-    """One token: the halves of every head, rotated by the token's angles."""
+    """One token of one sample: the halves of every head, rotated by the token's angles."""
     let_next_start()
-    wait_for_previous()
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    first, second = _halves(x + token * x_token, x_head, HEADS, HALF, MANY, BLOCK)
-    c = tl.load(cosine + token * HALF + d, mask=d < HALF, other=0.0)
-    s = tl.load(sine + token * HALF + d, mask=d < HALF, other=0.0)
-    _turn(first, second, c, s, out + token * out_token, out_head, HEADS, HALF, MANY, BLOCK)
+    sample = tl.program_id(1).to(tl.int64) if BATCHED else 0
+    x += sample * x_sample + token * x_token
+    angles = sample * angle_sample + token * HALF
+    out += sample * out_sample + token * out_token
+    wait_for_previous()
+    first, second = _halves(x, x_head, HEADS, HALF, MANY, BLOCK)
+    c = tl.load(cosine + angles + d, mask=d < HALF, other=0.0)
+    s = tl.load(sine + angles + d, mask=d < HALF, other=0.0)
+    _turn(first, second, c, s, out, out_head, HEADS, HALF, MANY, BLOCK)
 
 
 def rope(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> None:
-    """out [t, heads, d] = x rotated; x may be a slice of a wider buffer; angles f32 [t, d / 2], dense."""
-    tokens, heads, d = x.shape
-    rope_kernel[(tokens,)](
-        x, cosine, sine, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), HEADS=heads, HALF=d // 2,
-        MANY=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(d // 2), num_warps=2, launch_pdl=overlaps(),
+    """out [b, t, heads, d] = x rotated; x may be a slice of a wider buffer; angles f32 [1|b, t, d / 2], dense."""
+    samples, tokens, heads, d = x.shape
+    rope_kernel[(tokens, samples)](
+        x, cosine, sine, out, per_sample(x), x.stride(1), x.stride(2), per_sample(cosine),
+        per_sample(out), out.stride(1), out.stride(2), HEADS=heads, HALF=d // 2,
+        MANY=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(d // 2), BATCHED=samples > 1,
+        num_warps=2, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
 @triton.jit
 def rope_and_cache_kernel(
-    qkv, cosine, sine, q_out, k_out, v_out, row, q_token, q_head, k_token, k_head, v_token, v_head,
+    qkv, cosine, sine, q_out, k_out, v_out, sample_row, row, angle_sample,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
-    MANY: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    MANY: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
-    """One token: its keys rotated and its values moved into the cache; ROTATED: its queries rotated as well."""
+    """One token of one sample: its keys rotated and its values moved into the cache; ROTATED: its queries as well."""
     let_next_start()
-    wait_for_previous()
     D: tl.constexpr = 2 * HALF
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    sample = tl.program_id(1).to(tl.int64) if BATCHED else 0
     head, full = tl.arange(0, FEW), tl.arange(0, 2 * BLOCK)
     there = (head < GROUPS)[:, None] & (full < D)[None, :]
-    qkv += token * row  # everything is fetched before anything is stored: stores may alias, loads would wait for them
+    qkv += sample * sample_row + token * row
+    angles = sample * angle_sample + token * HALF
+    q_out += sample * q_sample + token * q_token
+    k_out += sample * k_sample + token * k_token
+    v_out += sample * v_sample + token * v_token
+    wait_for_previous()  # everything is fetched before anything is stored: stores may alias, loads would wait for them
     k1, k2 = _halves(qkv + HEADS * D, D, GROUPS, HALF, FEW, BLOCK)
     v = tl.load(qkv + (HEADS + GROUPS) * D + head[:, None] * D + full[None, :], mask=there, other=0.0)
-    c = tl.load(cosine + token * HALF + d, mask=d < HALF, other=0.0)
-    s = tl.load(sine + token * HALF + d, mask=d < HALF, other=0.0)
+    c = tl.load(cosine + angles + d, mask=d < HALF, other=0.0)
+    s = tl.load(sine + angles + d, mask=d < HALF, other=0.0)
     if ROTATED:
         q1, q2 = _halves(qkv, D, HEADS, HALF, MANY, BLOCK)
-    tl.store(v_out + token * v_token + head[:, None] * v_head + full[None, :], v, mask=there)
-    _turn(k1, k2, c, s, k_out + token * k_token, k_head, GROUPS, HALF, FEW, BLOCK)
+    tl.store(v_out + head[:, None] * v_head + full[None, :], v, mask=there)
+    _turn(k1, k2, c, s, k_out, k_head, GROUPS, HALF, FEW, BLOCK)
     if ROTATED:
-        _turn(q1, q2, c, s, q_out + token * q_token, q_head, HEADS, HALF, MANY, BLOCK)
+        _turn(q1, q2, c, s, q_out, q_head, HEADS, HALF, MANY, BLOCK)
 
 
 def rope_and_cache(
     qkv: Tensor, cosine: Tensor, sine: Tensor, q_out: Tensor | None, k_out: Tensor, v_out: Tensor
 ) -> None:
-    """Rotate the keys of qkv [t, (heads + 2 groups) · d] into k_out, copy its values into v_out, [t, groups, d] each.
+    """Rotate the keys of qkv [b, t, (heads + 2 groups) · d] into k_out, copy its values into v_out [b, t, groups, d].
 
-    The queries are rotated into q_out [t, heads, d], which may be their place in qkv, or left alone. Rows are strided
-    and heads dense in qkv; both are strided in the outputs. Angles f32 [t, d / 2], dense.
+    The queries are rotated into q_out [b, t, heads, d], which may be their place in qkv, or left alone. Rows are
+    strided and heads dense in qkv; both are strided in the outputs. Angles f32 [1|b, t, d / 2], dense.
     """
-    tokens, groups, d = k_out.shape
-    heads = qkv.shape[1] // d - 2 * groups
-    q = qkv.unflatten(1, (-1, d)) if q_out is None else q_out
-    rope_and_cache_kernel[(tokens,)](
-        qkv, cosine, sine, q, k_out, v_out, qkv.stride(0), q.stride(0), q.stride(1), k_out.stride(0), k_out.stride(1),
-        v_out.stride(0), v_out.stride(1), HEADS=heads, GROUPS=groups, HALF=d // 2, ROTATED=q_out is not None,
+    samples, tokens, groups, d = k_out.shape
+    heads = qkv.shape[2] // d - 2 * groups
+    q = qkv.unflatten(2, (-1, d)) if q_out is None else q_out
+    places = [stride for x in (q, k_out, v_out) for stride in (per_sample(x), x.stride(1), x.stride(2))]
+    rope_and_cache_kernel[(tokens, samples)](
+        qkv, cosine, sine, q, k_out, v_out, per_sample(qkv), qkv.stride(1), per_sample(cosine), *places,
+        HEADS=heads, GROUPS=groups, HALF=d // 2, ROTATED=q_out is not None,
         MANY=triton.next_power_of_2(heads), FEW=triton.next_power_of_2(groups), BLOCK=triton.next_power_of_2(d // 2),
-        num_warps=4, launch_pdl=overlaps(),
+        BATCHED=samples > 1, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
