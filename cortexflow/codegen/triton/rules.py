@@ -113,10 +113,9 @@ def _combined(stage: Stage, op: Op, out: str, r: Value, x: Value, w: Value, gate
 
 
 def _segments(stage: Stage, op: Op, out: str) -> list[str]:
-    q, k0, v0, k1, v1, cosine, sine, mask = (
-        f"{stage.read(v, axes)}[0]" for v, axes in zip(op.inputs, (2,) * 7 + (1,), strict=True)
-    )
-    operands = f"{q}, {k1}, {v1}, {k0}, {v0}, {cosine}, {sine}, {mask}, {out}[0], {op.attrs['scale']!r}"
+    dense = (2,) * 5 + (3, 3, 1)  # axes that the kernels take to lie one behind the other
+    q, k0, v0, *rest = (stage.read(v, axes) for v, axes in zip(op.inputs, dense, strict=True))
+    operands = f"{', '.join([q, *rest[:2], k0, v0, *rest[2:]])}, {out}, {op.attrs['scale']!r}"
     early = stage.settled(op.inputs[1], op.inputs[2])
     return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
 
