@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Any
 
@@ -9,15 +10,19 @@ import pytest
 import torch
 
 import cortexflow
-from cortexflow.ir import Op, Type, function, fused, returns
+from cortexflow.checkpoints import open_checkpoint
+from cortexflow.ir import Module, Op, Type, function, fused, ops, returns
 from cortexflow.models import Signature, VLAModelType, create_model
+from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import random_weights
 
 pytest.importorskip("triton")
 
 from cortexflow.codegen.triton.claims import SCRATCH, claims
+from cortexflow.codegen.triton.program import Program
 from cortexflow.kernels.triton import segment_attention
 from tests.codegen.test_triton import WIDE, launches, observation, plan_text
+from tests.models.cases import DATA
 
 
 @pytest.mark.parametrize("kind", [VLAModelType.PI05, VLAModelType.PI0])
@@ -31,6 +36,68 @@ def test_attention_and_rotation_take_a_batch_in_one_launch(kind: VLAModelType, b
     for i in range(WIDE.num_encoder_layers - 1):
         layer = launches(text, "transformer_encoder", f"prefix.layers.{i}")
         assert layer.count("rope_and_cache") == 1 and not {"rope", "copy"} & {*layer}, layer
+
+
+NORMED = ["torch.mm", "segment_attention", "summed_norm", "product.product", "summed_norm"]
+PLAIN = ["torch.mm", "segment_attention", "torch.addmm", "rms_norm", "product.product", "torch.addmm"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "norm", "layer"),
+    [(VLAModelType.PI05, "modulated_norm", NORMED), (VLAModelType.PI0, "rms_norm", PLAIN)],
+)
+def test_a_layer_of_eight_samples(kind: VLAModelType, norm: str, layer: list[str]) -> None:
+    """80 rows: the library's products; a gated sum is added up, and normed, in the launch behind its product."""
+    text, _ = plan_text(WIDE.with_(model_type=kind), batch=8)
+    first, second = (launches(text, "transformer_decoder", f"expert.layers.{i}") for i in range(2))
+    assert first == [norm, *layer]
+    assert second == layer if kind is VLAModelType.PI05 else [norm, *layer]
+    sums = [line for line in text.splitlines() if line.lstrip().startswith("summed_norm(torch.mm(")]
+    assert len(sums) == (4 if kind is VLAModelType.PI05 else 0)
+    assert all(f"{name}=" in line for line in sums for name in ("residual", "gate", "scale", "shift"))
+
+
+def test_a_part_of_a_prefix_is_one_launch_for_all_samples() -> None:
+    text, _ = plan_text(WIDE, batch=8)
+    moved = re.findall(r"^ +(epilogue\(self\.b\d+, self\.b\d+\[:, \d+:\d+\]\))  # prefix$", text, re.M)
+    assert len(moved) == 2, "images, then the prompt"
+
+
+@pytest.mark.parametrize("without", [(), ("joined",)])
+def test_a_norm_comes_with_the_gated_sum_that_it_reads(without: tuple[str, ...]) -> None:
+    lines = gated(frozenset(without))
+    assert [line.split("(")[0] for line in lines] == (["epilogue", "rms_norm"] if without else ["summed_norm"])
+
+
+def test_a_norm_onto_the_gate_of_its_sum_is_launched_apart() -> None:
+    """The gate may be overwritten when the last row has read it."""
+    assert [line.split("(")[0] for line in gated(onto="gate")] == ["epilogue", "rms_norm"]
+    assert [line.split("(")[0] for line in gated(onto="x")] == ["summed_norm"], "the product is done"
+
+
+def gated(without: frozenset[str] = frozenset(), onto: str = "") -> list[str]:
+    """What is launched for a gated sum of 80 rows and its norm; `onto`: where the plan has the norm's result."""
+    wide = Type("bf16", (80, 1024))
+    with function("f", x=wide, r=wide, gate=wide) as (f, [x, r, gate]):
+        gate = ops.act(ops.slice_(gate, axis=0, stop=1), kind="silu")
+        y = fused.matmul_gated_residual(r, x, ops.weight(key="w", type=Type("bf16", (1024, 1024))), gate)
+        n = ops.rms_norm(y, eps=1e-6)
+        returns(y=y, n=n)
+    module = Module({"f": f})
+    plan = plan_buffers(module)
+    if onto:
+        plan.offsets[n] = plan.offsets[{"gate": gate, "x": x}[onto]]
+    lines = [line.strip() for line in Program(module, plan, without).text().splitlines()]
+    return [line for line in lines if re.match(r"(summed_norm|rms_norm|epilogue)\((?!.*silu)", line)]
+
+
+def test_a_reference_case_of_three_samples_runs_the_kernels_for_batches() -> None:
+    """`test_reference_cases` of bfloat16 checks the numbers on a GPU."""
+    config = open_checkpoint(DATA / "pi05_tiny2").config
+    text, _ = plan_text(config, batch=3)
+    plan = text[text.index("class Policy") :]
+    assert plan.count(" segment_attention(") == config.num_decoder_layers
+    assert plan.count("summed_norm(") and plan.count(" rope_and_cache(") == config.num_encoder_layers - 1
 
 
 def attending(

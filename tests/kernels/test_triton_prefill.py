@@ -81,6 +81,28 @@ def norm_behind_a_bias(m: int, k: int, centred: bool, scaled: bool = False) -> C
     return case
 
 
+def summed_norm(
+    m: int, k: int, gate: bool = True, scale: bool = True, shift: bool = True, onto: str = "the residual"
+) -> Case:
+    """A sum, rounded and stored, and above it the norm of what was stored; `onto`: where the sum goes."""
+
+    def case(draw: Draw) -> tuple[Tensor, Tensor]:
+        whole, x, r = draw.poisoned(2 * m, k), draw.rows(m, k), draw.normal(m, k)
+        out, summed = whole[:m], whole[m:]
+        g, s, t = draw.normal(k), draw.normal(k), draw.normal(k)
+        sums = (r.double() + x.double() * (g.double() if gate else 1)).to(x.dtype).double()
+        normed = meaning("rms_norm", sums, eps=EPS) * (s.double() if scale else 1) + (t.double() if shift else 0)
+        if onto == "the residual":
+            r = summed.copy_(r)
+        if onto == "x":
+            x = summed.copy_(x)
+        given = {"gate": g if gate else None, "scale": s if scale else None, "shift": t if shift else None}
+        rows.summed_norm(x, summed, out, EPS, residual=r, **given)
+        return whole, torch.cat([normed, sums])
+
+    return case
+
+
 def glu(m: int, w: int, act: str) -> Case:
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
         h, out = draw.rows(m, 2 * w), draw.poisoned(m, w)
@@ -141,6 +163,21 @@ def epilogue(m: int, n: int, act: str, bias: bool, residual: bool, gate: bool, i
     return case
 
 
+def epilogue_of_a_batch(b: int, m: int, n: int, residual: bool) -> Case:
+    """To rows of every sample that stand between others."""
+
+    def case(draw: Draw) -> tuple[Tensor, Tensor]:
+        x, r, whole = draw.rows(b, m + 2, n)[:, 1:-1], draw.rows(b, m, n), draw.poisoned(b, m + 3, n)
+        out, wanted = whole[:, 2:-1], torch.zeros(b, m + 3, n, dtype=torch.float64, device=draw.device)
+        wanted[:, 2:-1] = x.double() + r.double() if residual else x.double()
+        rows.epilogue(x, out, residual=r if residual else None)
+        beside = torch.cat([whole[:, :2], whole[:, -1:]], 1)
+        whole[:, :2], whole[:, -1] = 0 if beside.isnan().all() else 1, 0  # nothing was written there
+        return whole, wanted
+
+    return case
+
+
 def attention(
     b: int, m: int, n: int, heads: int, groups: int, d: int, mask: str = "none", peak: float = 1.0,
     config: tuple[Any, ...] | None = None,
@@ -192,6 +229,11 @@ SMALL: dict[str, Case] = {
     "rms_norm behind a bias, scaled": norm_behind_a_bias(3, 1400, False, scaled=True),
     "layer_norm behind a bias": norm_behind_a_bias(5, 37, True),
     "layer_norm behind a bias, two rows at once": norm_behind_a_bias(5, 1201, True),
+    "summed_norm": summed_norm(5, 37),
+    "summed_norm apart": summed_norm(3, 64, onto="apart"),
+    "summed_norm in place of x": summed_norm(3, 130, onto="x"),
+    "summed_norm plain": summed_norm(5, 1400, gate=False, scale=False, shift=False),
+    "summed_norm scaled": summed_norm(2, 19, shift=False),
     **{f"glu {a}": glu(2, 21, a) for a in ACTS},
     "glu in pieces": glu(2, 2051, "gelu_tanh"),
     "rope": rope(1, 5, 3, 10),
@@ -211,6 +253,8 @@ SMALL: dict[str, Case] = {
     "epilogue gate": epilogue(3, 33, "none", False, False, True),
     "epilogue in pieces": epilogue(2, 2053, "gelu", True, False, False),
     "epilogue in place": epilogue(2, 2053, "silu", True, True, True, in_place=True),
+    "epilogue of a batch": epilogue_of_a_batch(3, 2, 19, False),
+    "epilogue of a batch with a residual": epilogue_of_a_batch(2, 3, 2053, True),
     "attention": attention(2, 5, 21, 3, 3, 24),
     "attention of one token": attention(1, 1, 1, 2, 2, 8),
     "attention grouped": attention(2, 7, 37, 6, 2, 24, "all", config=TINY),
@@ -241,6 +285,9 @@ LARGE: dict[str, Case] = {
     "rms_norm behind a bias, two rows at once": norm_behind_a_bias(37, 2048, False, scaled=True),
     "layer_norm behind a bias": norm_behind_a_bias(512, 1152, True),
     "layer_norm behind a bias, odd": norm_behind_a_bias(33, 999, True),
+    "summed_norm": summed_norm(80, 1024),
+    "summed_norm odd": summed_norm(33, 1153, shift=False, onto="apart"),
+    "summed_norm wide": summed_norm(37, 2048, gate=False, onto="x"),
     **{f"glu {a}": glu(13, 999, a) for a in ACTS},
     "glu": glu(561, 16384, "gelu_tanh"),
     "rope": rope(1, 561, 8, 256),
@@ -255,6 +302,8 @@ LARGE: dict[str, Case] = {
     "epilogue": epilogue(512, 4304, "gelu_tanh", True, False, False),
     "epilogue all": epilogue(37, 1153, "silu", True, True, True),
     "epilogue in place": epilogue(512, 1152, "none", True, True, False, in_place=True),
+    "epilogue of a batch": epilogue_of_a_batch(8, 48, 2048, False),
+    "epilogue of a batch with a residual": epilogue_of_a_batch(3, 5, 2053, True),
     "attention d 72": attention(2, 256, 256, 16, 16, 72),
     "attention d 256": attention(1, 561, 561, 8, 1, 256, "keys"),
     "attention d 256 pairs": attention(1, 561, 561, 8, 1, 256, "pairs"),
@@ -308,6 +357,19 @@ def test_small_cases_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("k", [1024, 1153, 2048])
+def test_a_norm_with_its_sum_has_the_bits_of_two_launches(k: int, dtype: torch.dtype) -> None:
+    draw = Draw("cuda", dtype, int.from_bytes(os.urandom(4), "little"))
+    x, r, gate, scale, shift = (draw.normal(*s) for s in ((80, k), (80, k), (k,), (k,), (k,)))
+    summed, normed, sums, norms = (draw.poisoned(80, k) for _ in range(4))
+    rows.summed_norm(x, summed, normed, EPS, residual=r, gate=gate, scale=scale, shift=shift)
+    rows.epilogue(x, sums, residual=r, gate=gate)
+    rows.modulated_norm(sums, norms, scale, shift, EPS)
+    assert torch.equal(summed, sums) and torch.equal(normed, norms)
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("name", TUNED)
@@ -343,7 +405,11 @@ LAUNCHES: dict[str, tuple[str, str, torch.dtype, Case]] = {  # odd extents: noth
     "layer norm": ("rows", "norm_kernel", BF16, layer_norm(16, 1152, True)),
     "layer norm behind a bias": ("rows", "norm_kernel", BF16, norm_behind_a_bias(16, 1152, True)),
     "glu": ("rows", "glu_kernel", BF16, glu(16, 16384, "gelu_tanh")),
+    "summed norm": ("rows", "norm_kernel", BF16, summed_norm(16, 1024)),
     "rope": ("rows", "rope_kernel", BF16, rope(1, 16, 8, 256)),
+    "rope of a batch": ("rows", "rope_kernel", BF16, rope(8, 16, 8, 256)),
+    "rope and cache of a batch": ("rows", "rope_and_cache_kernel", BF16, rope_and_cache(8, 16, 8, 1, 256)),
+    "epilogue of a batch": ("rows", "epilogue_kernel", BF16, epilogue_of_a_batch(8, 16, 2048, False)),
     "rope and cache": ("rows", "rope_and_cache_kernel", BF16, rope_and_cache(1, 16, 8, 1, 256)),
     "epilogue": ("rows", "epilogue_kernel", BF16, epilogue(16, 4304, "gelu_tanh", True, True, False)),
     "attention d 72": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 72)),
@@ -384,7 +450,9 @@ def test_launches_fit_their_card(launch: str, arch: int, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("launch", ["norm", "glu", "rope", "rope and cache", "epilogue", "attention d 72"])
+@pytest.mark.parametrize(
+    "launch", ["norm", "summed norm", "glu", "rope", "rope and cache of a batch", "epilogue", "attention d 72"]
+)
 def test_kernels_let_the_next_start_before_they_wait(launch: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = record(launch, arch, monkeypatch)
     assert recorder.options["launch_pdl"] is (arch >= OVERLAP)

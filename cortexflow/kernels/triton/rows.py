@@ -11,11 +11,15 @@ from cortexflow.kernels.triton.common import activate, let_next_start, overlaps,
 
 @triton.jit
 def norm_kernel(
-    x, out, scale, shift, bias, x_row, out_row, eps, M,
+    x, out, scale, shift, bias, gate, residual, summed, x_row, out_row, residual_row, summed_row, eps, M,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    CENTRED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, BIAS: tl.constexpr,
+    CENTRED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+    BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: (x - mean?) / sqrt(mean square + eps) · scale + shift, in float32, rounded once; x += bias before."""
+    """ROWS rows: (y - mean?) / sqrt(mean square + eps) · scale + shift, in float32, rounded once.
+
+    y is x or, with anything to be added or multiplied before, summed = residual + (x + bias) · gate as it is stored.
+    """
     let_next_start()
     wait_for_previous()
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -24,8 +28,14 @@ def norm_kernel(
     row = row.to(tl.int64)[:, None]
     v = tl.load(x + row * x_row + k[None, :], mask=there, other=0.0).to(tl.float32)
     if BIAS:
-        sums = (v + tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]).to(x.dtype.element_ty)
-        tl.store(x + row * x_row + k[None, :], sums, mask=there)
+        v += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATE:
+        v = v * tl.load(gate + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        v += tl.load(residual + row * residual_row + k[None, :], mask=there, other=0.0).to(tl.float32)
+    if BIAS or GATE or RESIDUAL:
+        sums = v.to(summed.dtype.element_ty)
+        tl.store(summed + row * summed_row + k[None, :], sums, mask=there)
         v = sums.to(tl.float32)
     if SCALED:  # fetched beside the row, not after its sums
         factor = tl.load(scale + k, mask=inside, other=0.0)
@@ -48,15 +58,18 @@ def norm_config(k: int) -> tuple[int, int]:
 
 def _norm(
     x: Tensor, out: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, centred: bool,
-    config: tuple[int, int] | None = None, bias: Tensor | None = None,
+    config: tuple[int, int] | None = None, bias: Tensor | None = None, gate: Tensor | None = None,
+    residual: Tensor | None = None, summed: Tensor | None = None,
 ) -> None:  # fmt: skip
     m, k = x.shape
     rows, warps = config or norm_config(k)
+    vectors = [x if v is None else v for v in (scale, shift, bias, gate)]
+    added, sums = x if residual is None else residual, x if summed is None else summed
     norm_kernel[(triton.cdiv(m, rows),)](
-        x, out, x if scale is None else scale, x if shift is None else shift, x if bias is None else bias,
-        x.stride(0), out.stride(0), eps, m,
+        x, out, *vectors, added, sums, x.stride(0), out.stride(0), added.stride(0), sums.stride(0), eps, m,
         K=k, ROWS=rows, BLOCK=triton.next_power_of_2(k), CENTRED=centred, SCALED=scale is not None,
-        SHIFTED=shift is not None, BIAS=bias is not None, num_warps=warps, launch_pdl=overlaps(),
+        SHIFTED=shift is not None, BIAS=bias is not None, GATE=gate is not None, RESIDUAL=residual is not None,
+        num_warps=warps, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
@@ -80,6 +93,25 @@ def layer_norm(
 def modulated_norm(x: Tensor, out: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
     """out [m, k] = x / sqrt(mean(x²) + eps) · scale + shift."""
     _norm(x, out, eps, scale, shift, centred=False)
+
+
+def summed_norm(
+    x: Tensor,
+    summed: Tensor,
+    out: Tensor,
+    eps: float,
+    *,
+    residual: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> None:
+    """summed [m, k] = residual + x · gate, and out [m, k] its RMS norm, times scale, plus shift; vectors are [k].
+
+    `summed` may be x or the residual; out is apart from all. Each result has the bits that `epilogue`, then
+    `modulated_norm` or `rms_norm` would give it.
+    """
+    _norm(x, out, eps, scale, shift, centred=False, gate=gate, residual=residual, summed=summed)
 
 
 @triton.jit
@@ -211,11 +243,16 @@ def rope_and_cache(
 
 @triton.jit
 def epilogue_kernel(
-    x, out, bias, residual, gate, x_row, out_row, residual_row, N,
+    x, out, bias, residual, gate, x_row, out_row, residual_row, x_sample, out_sample, residual_sample, N,
     KIND: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    BATCHED: tl.constexpr,
 ):  # fmt: skip
     """A piece of a row: residual + act(x + bias) · gate."""
     let_next_start()
+    sample = tl.program_id(2).to(tl.int64) if BATCHED else 0
+    x += sample * x_sample
+    out += sample * out_sample
+    residual += sample * residual_sample
     wait_for_previous()
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = n < N
@@ -238,12 +275,14 @@ def epilogue(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> None:
-    """out [m, n] = residual + act(x + bias) · gate; out may be x or the residual itself."""
-    m, n = x.shape
+    """out [m, n] or [b, m, n] = residual + act(x + bias) · gate; out may be x or the residual itself."""
+    added = x if residual is None else residual
+    tall = [t if t.dim() == 3 else t.unsqueeze(0) for t in (x, out, added)]
+    b, m, n = tall[0].shape
     block = min(2048, triton.next_power_of_2(n))
-    epilogue_kernel[(m, triton.cdiv(n, block))](
-        x, out, x if bias is None else bias, x if residual is None else residual, x if gate is None else gate,
-        x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), n,
+    epilogue_kernel[(m, triton.cdiv(n, block), b)](
+        x, out, x if bias is None else bias, added, x if gate is None else gate,
+        *(t.stride(1) for t in tall), *map(per_sample, tall), n,
         KIND=act, BLOCK=block, BIAS=bias is not None, RESIDUAL=residual is not None, GATE=gate is not None,
-        num_warps=4, launch_pdl=overlaps(),
+        BATCHED=b > 1, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
