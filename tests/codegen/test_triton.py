@@ -12,6 +12,7 @@ from cortexflow.codegen import find_target
 from cortexflow.compiler import lower
 from cortexflow.errors import TargetError
 from cortexflow.ir import Module, Type, function, fused, ops, returns, run_module
+from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import random_weights
@@ -21,6 +22,7 @@ pytest.importorskip("triton")
 
 from cortexflow.codegen.triton import build
 from cortexflow.codegen.triton.claims import skinny_config
+from cortexflow.codegen.triton.executable import Layout
 from cortexflow.codegen.triton.program import Program
 
 WIDE = ModelConfig(vision_num_layers=1, num_encoder_layers=2, num_decoder_layers=2, vocab_size=512, max_token_len=48)
@@ -107,18 +109,19 @@ def test_what_is_switched_off_is_not_launched(switch: str) -> None:
 
 # ---- launched together ------------------------------------------------------------------------------
 
-QKV = Type("bf16", (1, 5, 8 * 16))  # six heads of queries, one of keys, one of values, 16 wide
 
+def rotations(change: str = "", batch: int = 1, angles: tuple[int, ...] = (1, 5, 8)) -> Module:
+    """Queries and keys rotated, values moved, as a prefix does it; `change`: what is not as the kernel wants it.
 
-def rotations(change: str = "") -> Module:
-    """Queries and keys rotated, values moved, as a prefix does it; `change`: what is not as the kernel wants it."""
-    angles = Type("f32", (1, 5, 8))
-    with function("f", x=QKV, other=QKV, c=angles, s=angles, d=angles) as (f, [x, other, c, s, d]):
+    Six heads of queries, one of keys, one of values, 16 wide.
+    """
+    wide, table = Type("bf16", (batch, 5, 8 * 16)), Type("f32", angles)
+    with function("f", x=wide, other=wide, c=table, s=table, d=table) as (f, [x, other, c, s, d]):
         qkv, second = ops.neg(x), ops.neg(other)
         heads = 5 if change == "columns left out" else 6
         v = ops.slice_(second if change == "other values" else qkv, axis=-1, start=7 * 16)
-        q = ops.reshape(ops.slice_(qkv, axis=-1, stop=heads * 16), shape=(1, 5, heads, 16))
-        k = ops.reshape(ops.slice_(qkv, axis=-1, start=6 * 16, stop=7 * 16), shape=(1, 5, 1, 16))
+        q = ops.reshape(ops.slice_(qkv, axis=-1, stop=heads * 16), shape=(batch, 5, heads, 16))
+        k = ops.reshape(ops.slice_(qkv, axis=-1, start=6 * 16, stop=7 * 16), shape=(batch, 5, 1, 16))
         q, k = ops.rope(q, c, s), ops.rope(k, d if change == "other angles" else c, s)
         returns(q=q, k=k, v=v, second=second)
     return Module({"f": f})
@@ -133,6 +136,31 @@ def rotated(module: Module, without: frozenset[str] = frozenset()) -> list[str]:
 def test_rotations_and_the_move_to_the_cache_are_one_launch() -> None:
     assert rotated(rotations()) == ["rope_and_cache"]
     assert rotated(rotations(), frozenset({"joined"})) == ["rope", "rope"]
+
+
+@pytest.mark.parametrize("angles", [(1, 5, 8), (3, 5, 8)])
+def test_rotations_of_a_batch_are_one_launch(angles: tuple[int, ...]) -> None:
+    assert rotated(rotations(batch=3, angles=angles)) == ["rope_and_cache"]
+    assert rotated(rotations(batch=3, angles=angles), frozenset({"joined"})) == ["rope", "rope"]
+
+
+@pytest.mark.parametrize("angles", [(3, 1, 8), (5, 8), (1, 8)])
+def test_angles_that_are_no_table_of_the_tokens_are_left_to_the_library(angles: tuple[int, ...]) -> None:
+    """A plan without a kernel of ours: it runs anywhere."""
+    module = rotations(batch=3, angles=angles)
+    layout = Layout(module)
+    scope: dict = {"__name__": "plan"}
+    exec(layout.text, scope)
+    arena, scratch = torch.empty(layout.bytes["arena"], dtype=torch.uint8), (torch.empty(0), torch.ones(1))
+    policy = scope["Policy"]({}, arena, scratch)
+    generator = torch.Generator().manual_seed(0)
+    given = {n: torch.randn(t.shape, generator=generator).to(TORCH_DTYPES[t.dtype]) for n, t in module.inputs.items()}
+    for name, value in module.funcs["f"].args.items():
+        getattr(policy, layout.places[value]).copy_(given[name])
+    policy.f()
+    wanted = run_module(module, given, {})
+    for name, value in module.funcs["f"].results.items():
+        assert torch.equal(getattr(policy, layout.places[value]), wanted[name]), name
 
 
 @pytest.mark.parametrize("change", ["other values", "other angles", "columns left out"])

@@ -75,9 +75,9 @@ def test_gated_units_and_epilogues(dtype: torch.dtype, act: str, reference) -> N
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope_of_a_slice(dtype: torch.dtype) -> None:
-    wide, out = random(21, 640, dtype=dtype), poisoned(21, 8, 64, dtype=dtype)
-    x = wide[:, 64:576].view(21, 8, 64)
-    cosine, sine = random(21, 32, dtype=torch.float32), random(21, 32, dtype=torch.float32)
+    wide, out = random(2, 21, 640, dtype=dtype), poisoned(2, 21, 8, 64, dtype=dtype)
+    x = wide[..., 64:576].view(2, 21, 8, 64)
+    cosine, sine = random(2, 21, 32, dtype=torch.float32), random(2, 21, 32, dtype=torch.float32)
     rows.rope(x, cosine, sine, out)
     near(out, turned(x, cosine, sine))
 

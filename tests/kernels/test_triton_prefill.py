@@ -81,6 +81,28 @@ def norm_behind_a_bias(m: int, k: int, centred: bool, scaled: bool = False) -> C
     return case
 
 
+def summed_norm(
+    m: int, k: int, gate: bool = True, scale: bool = True, shift: bool = True, onto: str = "the residual"
+) -> Case:
+    """A sum, rounded and stored, and above it the norm of what was stored; `onto`: where the sum goes."""
+
+    def case(draw: Draw) -> tuple[Tensor, Tensor]:
+        whole, x, r = draw.poisoned(2 * m, k), draw.rows(m, k), draw.normal(m, k)
+        out, summed = whole[:m], whole[m:]
+        g, s, t = draw.normal(k), draw.normal(k), draw.normal(k)
+        sums = (r.double() + x.double() * (g.double() if gate else 1)).to(x.dtype).double()
+        normed = meaning("rms_norm", sums, eps=EPS) * (s.double() if scale else 1) + (t.double() if shift else 0)
+        if onto == "the residual":
+            r = summed.copy_(r)
+        if onto == "x":
+            x = summed.copy_(x)
+        given = {"gate": g if gate else None, "scale": s if scale else None, "shift": t if shift else None}
+        rows.summed_norm(x, summed, out, EPS, residual=r, **given)
+        return whole, torch.cat([normed, sums])
+
+    return case
+
+
 def glu(m: int, w: int, act: str) -> Case:
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
         h, out = draw.rows(m, 2 * w), draw.poisoned(m, w)
@@ -90,33 +112,39 @@ def glu(m: int, w: int, act: str) -> Case:
     return case
 
 
-def rope(t: int, heads: int, d: int) -> Case:
+def rope(b: int, t: int, heads: int, d: int, angles: str = "each") -> Case:
+    """`angles`: each sample has its own, or one table is for all."""
+
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
-        x = draw.normal(t, heads + 3, d)[:, 1 : heads + 1]  # the middle of a wider buffer
-        angles = draw.normal(t, d // 2, dtype=F32)
-        out = draw.poisoned(t, heads * d).unflatten(-1, (heads, d))
-        rows.rope(x, angles.cos(), angles.sin(), out)
-        return out, meaning("rope", x, angles.cos(), angles.sin())
+        x = draw.normal(b, t + 2, heads + 3, d)[:, 1 : t + 1, 1 : heads + 1]  # the middle of a wider buffer
+        table = draw.normal(b if angles == "each" else 1, t, d // 2, dtype=F32)
+        out = draw.poisoned(b, t, heads * d).unflatten(-1, (heads, d))
+        rows.rope(x, table.cos(), table.sin(), out)
+        return out, meaning("rope", x, table.cos(), table.sin())
 
     return case
 
 
-def rope_and_cache(t: int, heads: int, groups: int, d: int, queries: str = "apart") -> Case:
-    """The rotated queries, keys and the values side by side; `queries`: apart, in place, or left."""
+def rope_and_cache(
+    b: int, t: int, heads: int, groups: int, d: int, queries: str = "apart", angles: str = "each"
+) -> Case:
+    """Rotated queries, keys and the values side by side; `queries`: apart, in place, or left; `angles`: as above."""
 
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
-        qkv, angles = draw.rows(t, (heads + 2 * groups) * d), draw.normal(t, d // 2, dtype=F32)
+        qkv = draw.rows(b, t + 2, (heads + 2 * groups) * d)[:, 1 : t + 1]
+        table = draw.normal(b if angles == "each" else 1, t, d // 2, dtype=F32)
         given = qkv.clone().unflatten(-1, (-1, d))
-        out = draw.poisoned(t, (heads + 2 * groups) * d).unflatten(-1, (-1, d))
-        q, k, v = out.split([heads, groups, groups], 1)
-        place = {"apart": q, "in place": qkv[:, : heads * d].unflatten(-1, (heads, d)), "left": None}[queries]
-        rows.rope_and_cache(qkv, angles.cos(), angles.sin(), place, k, v)
+        out = draw.poisoned(b, t, (heads + 2 * groups) * d).unflatten(-1, (-1, d))
+        q, k, v = out.split([heads, groups, groups], 2)
+        ahead = qkv[..., : heads * d].unflatten(-1, (heads, d))
+        place = {"apart": q, "in place": ahead, "left": None}[queries]
+        rows.rope_and_cache(qkv, table.cos(), table.sin(), place, k, v)
         if queries != "apart":
-            q.copy_(qkv[:, : heads * d].unflatten(-1, (heads, d)))
-        turned = meaning("rope", given[:, : heads + groups], angles.cos(), angles.sin())
+            q.copy_(ahead)
+        turned = meaning("rope", given[:, :, : heads + groups], table.cos(), table.sin())
         if queries == "left":
-            turned[:, :heads] = given[:, :heads]
-        return out, torch.cat([turned, given[:, heads + groups :]], 1)
+            turned[:, :, :heads] = given[:, :, :heads]
+        return out, torch.cat([turned, given[:, :, heads + groups :]], 2)
 
     return case
 
@@ -131,6 +159,21 @@ def epilogue(m: int, n: int, act: str, bias: bool, residual: bool, gate: bool, i
         out = x if in_place else draw.poisoned(m, n)
         rows.epilogue(x, out, b if bias else None, act, r if residual else None, g if gate else None)
         return out, y
+
+    return case
+
+
+def epilogue_of_a_batch(b: int, m: int, n: int, residual: bool) -> Case:
+    """To rows of every sample that stand between others."""
+
+    def case(draw: Draw) -> tuple[Tensor, Tensor]:
+        x, r, whole = draw.rows(b, m + 2, n)[:, 1:-1], draw.rows(b, m, n), draw.poisoned(b, m + 3, n)
+        out, wanted = whole[:, 2:-1], torch.zeros(b, m + 3, n, dtype=torch.float64, device=draw.device)
+        wanted[:, 2:-1] = x.double() + r.double() if residual else x.double()
+        rows.epilogue(x, out, residual=r if residual else None)
+        beside = torch.cat([whole[:, :2], whole[:, -1:]], 1)
+        whole[:, :2], whole[:, -1] = 0 if beside.isnan().all() else 1, 0  # nothing was written there
+        return whole, wanted
 
     return case
 
@@ -186,20 +229,32 @@ SMALL: dict[str, Case] = {
     "rms_norm behind a bias, scaled": norm_behind_a_bias(3, 1400, False, scaled=True),
     "layer_norm behind a bias": norm_behind_a_bias(5, 37, True),
     "layer_norm behind a bias, two rows at once": norm_behind_a_bias(5, 1201, True),
+    "summed_norm": summed_norm(5, 37),
+    "summed_norm apart": summed_norm(3, 64, onto="apart"),
+    "summed_norm in place of x": summed_norm(3, 130, onto="x"),
+    "summed_norm plain": summed_norm(5, 1400, gate=False, scale=False, shift=False),
+    "summed_norm scaled": summed_norm(2, 19, shift=False),
     **{f"glu {a}": glu(2, 21, a) for a in ACTS},
     "glu in pieces": glu(2, 2051, "gelu_tanh"),
-    "rope": rope(5, 3, 10),
-    "rope of one head": rope(3, 1, 16),
-    "rope and cache": rope_and_cache(5, 6, 2, 24),
-    "rope and cache of one group": rope_and_cache(3, 8, 1, 16),
-    "rope and cache in place": rope_and_cache(3, 5, 3, 10, "in place"),
-    "rope and cache of keys": rope_and_cache(3, 5, 3, 10, "left"),
+    "rope": rope(1, 5, 3, 10),
+    "rope of one head": rope(1, 3, 1, 16),
+    "rope and cache": rope_and_cache(1, 5, 6, 2, 24),
+    "rope and cache of one group": rope_and_cache(1, 3, 8, 1, 16),
+    "rope and cache in place": rope_and_cache(1, 3, 5, 3, 10, "in place"),
+    "rope and cache of keys": rope_and_cache(1, 3, 5, 3, 10, "left"),
+    "rope of a batch": rope(3, 5, 3, 10),
+    "rope of a batch that shares angles": rope(2, 5, 1, 16, "one"),
+    "rope and cache of a batch": rope_and_cache(3, 5, 6, 2, 24),
+    "rope and cache of a batch in place": rope_and_cache(2, 3, 5, 3, 10, "in place", "one"),
+    "rope and cache of a batch of keys": rope_and_cache(2, 3, 5, 3, 10, "left"),
     "epilogue bare": epilogue(2, 19, "none", False, False, False),
     **{f"epilogue {a}": epilogue(2, 19, a, True, True, True) for a in ACTS},
     "epilogue residual": epilogue(3, 33, "none", False, True, False),
     "epilogue gate": epilogue(3, 33, "none", False, False, True),
     "epilogue in pieces": epilogue(2, 2053, "gelu", True, False, False),
     "epilogue in place": epilogue(2, 2053, "silu", True, True, True, in_place=True),
+    "epilogue of a batch": epilogue_of_a_batch(3, 2, 19, False),
+    "epilogue of a batch with a residual": epilogue_of_a_batch(2, 3, 2053, True),
     "attention": attention(2, 5, 21, 3, 3, 24),
     "attention of one token": attention(1, 1, 1, 2, 2, 8),
     "attention grouped": attention(2, 7, 37, 6, 2, 24, "all", config=TINY),
@@ -230,16 +285,25 @@ LARGE: dict[str, Case] = {
     "rms_norm behind a bias, two rows at once": norm_behind_a_bias(37, 2048, False, scaled=True),
     "layer_norm behind a bias": norm_behind_a_bias(512, 1152, True),
     "layer_norm behind a bias, odd": norm_behind_a_bias(33, 999, True),
+    "summed_norm": summed_norm(80, 1024),
+    "summed_norm odd": summed_norm(33, 1153, shift=False, onto="apart"),
+    "summed_norm wide": summed_norm(37, 2048, gate=False, onto="x"),
     **{f"glu {a}": glu(13, 999, a) for a in ACTS},
     "glu": glu(561, 16384, "gelu_tanh"),
-    "rope": rope(561, 8, 256),
-    "rope odd": rope(21, 5, 18),
-    "rope and cache": rope_and_cache(561, 8, 1, 256),
-    "rope and cache in place": rope_and_cache(21, 5, 3, 18, "in place"),
-    "rope and cache of keys": rope_and_cache(21, 5, 3, 18, "left"),
+    "rope": rope(1, 561, 8, 256),
+    "rope odd": rope(1, 21, 5, 18),
+    "rope and cache": rope_and_cache(1, 561, 8, 1, 256),
+    "rope and cache in place": rope_and_cache(1, 21, 5, 3, 18, "in place"),
+    "rope and cache of keys": rope_and_cache(1, 21, 5, 3, 18, "left"),
+    "rope of a batch": rope(8, 51, 8, 256),
+    "rope of a batch that shares angles": rope(3, 21, 5, 18, "one"),
+    "rope and cache of a batch": rope_and_cache(8, 561, 8, 1, 256),
+    "rope and cache of a batch in place": rope_and_cache(3, 21, 5, 3, 18, "in place", "one"),
     "epilogue": epilogue(512, 4304, "gelu_tanh", True, False, False),
     "epilogue all": epilogue(37, 1153, "silu", True, True, True),
     "epilogue in place": epilogue(512, 1152, "none", True, True, False, in_place=True),
+    "epilogue of a batch": epilogue_of_a_batch(8, 48, 2048, False),
+    "epilogue of a batch with a residual": epilogue_of_a_batch(3, 5, 2053, True),
     "attention d 72": attention(2, 256, 256, 16, 16, 72),
     "attention d 256": attention(1, 561, 561, 8, 1, 256, "keys"),
     "attention d 256 pairs": attention(1, 561, 561, 8, 1, 256, "pairs"),
@@ -293,6 +357,19 @@ def test_small_cases_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("k", [1024, 1153, 2048])
+def test_a_norm_with_its_sum_has_the_bits_of_two_launches(k: int, dtype: torch.dtype) -> None:
+    draw = Draw("cuda", dtype, int.from_bytes(os.urandom(4), "little"))
+    x, r, gate, scale, shift = (draw.normal(*s) for s in ((80, k), (80, k), (k,), (k,), (k,)))
+    summed, normed, sums, norms = (draw.poisoned(80, k) for _ in range(4))
+    rows.summed_norm(x, summed, normed, EPS, residual=r, gate=gate, scale=scale, shift=shift)
+    rows.epilogue(x, sums, residual=r, gate=gate)
+    rows.modulated_norm(sums, norms, scale, shift, EPS)
+    assert torch.equal(summed, sums) and torch.equal(normed, norms)
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("name", TUNED)
@@ -328,8 +405,12 @@ LAUNCHES: dict[str, tuple[str, str, torch.dtype, Case]] = {  # odd extents: noth
     "layer norm": ("rows", "norm_kernel", BF16, layer_norm(16, 1152, True)),
     "layer norm behind a bias": ("rows", "norm_kernel", BF16, norm_behind_a_bias(16, 1152, True)),
     "glu": ("rows", "glu_kernel", BF16, glu(16, 16384, "gelu_tanh")),
-    "rope": ("rows", "rope_kernel", BF16, rope(16, 8, 256)),
-    "rope and cache": ("rows", "rope_and_cache_kernel", BF16, rope_and_cache(16, 8, 1, 256)),
+    "summed norm": ("rows", "norm_kernel", BF16, summed_norm(16, 1024)),
+    "rope": ("rows", "rope_kernel", BF16, rope(1, 16, 8, 256)),
+    "rope of a batch": ("rows", "rope_kernel", BF16, rope(8, 16, 8, 256)),
+    "rope and cache of a batch": ("rows", "rope_and_cache_kernel", BF16, rope_and_cache(8, 16, 8, 1, 256)),
+    "epilogue of a batch": ("rows", "epilogue_kernel", BF16, epilogue_of_a_batch(8, 16, 2048, False)),
+    "rope and cache": ("rows", "rope_and_cache_kernel", BF16, rope_and_cache(1, 16, 8, 1, 256)),
     "epilogue": ("rows", "epilogue_kernel", BF16, epilogue(16, 4304, "gelu_tanh", True, True, False)),
     "attention d 72": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 72)),
     "attention d 72 masked": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 72, "pairs")),
@@ -369,7 +450,9 @@ def test_launches_fit_their_card(launch: str, arch: int, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("launch", ["norm", "glu", "rope", "rope and cache", "epilogue", "attention d 72"])
+@pytest.mark.parametrize(
+    "launch", ["norm", "summed norm", "glu", "rope", "rope and cache of a batch", "epilogue", "attention d 72"]
+)
 def test_kernels_let_the_next_start_before_they_wait(launch: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = record(launch, arch, monkeypatch)
     assert recorder.options["launch_pdl"] is (arch >= OVERLAP)

@@ -26,9 +26,11 @@ from tests.kernels.numerics import BF16, F16, F32, NAN, TOLERANCE, Draw, check, 
 
 
 class Case(NamedTuple):
-    """`mask`: keys [1, n + m], pairs [m, n + m], causal (the prefix and tokens up to oneself) or blind (one sees none).
+    """`mask`: keys [b, 1, n + m], prompts (the same where samples have prefixes of several lengths), pairs
+    [b, m, n + m], causal (the prefix and tokens up to oneself) or blind (one sees none).
 
-    `peak` multiplies the queries, so that the softmax is sharp.
+    `peak` multiplies the queries, so that the softmax is sharp. `shared`: one mask and one table of angles for all
+    samples.
     """
 
     m: int
@@ -37,6 +39,8 @@ class Case(NamedTuple):
     d: int = 256
     mask: str = "pairs"
     peak: float = 1.0
+    b: int = 1
+    shared: bool = False
 
 
 class Inputs(NamedTuple):
@@ -55,35 +59,39 @@ class Inputs(NamedTuple):
 
 
 def draw(case: Case, device: str, dtype: torch.dtype, seed: int) -> Inputs:
-    m, n, heads, d, mask, peak = case
-    drawn = Draw(device, dtype, seed, pad=8)
-    whole = drawn.normal(m, (heads + 2) * d)
-    q, k, v = whole.split([heads * d, d, d], dim=-1)
+    m, n, heads, d, mask, peak, b, shared = case
+    drawn, tables = Draw(device, dtype, seed, pad=8), 1 if shared else b
+    whole = torch.full((b, m + 2, (heads + 2) * d), NAN, device=device, dtype=dtype)
+    cache = torch.full((2, b, n + 3, 2 * d), NAN, device=device, dtype=dtype)  # rows that are not there are not read
+    whole[:, :m], cache[:, :, :n, :d] = drawn.normal(b, m, (heads + 2) * d), drawn.normal(2, b, n, d)
+    q, k, v = whole[:, :m].split([heads * d, d, d], dim=-1)
     q.mul_(peak)
-    cache = torch.full((2, n + 3, 2 * d), NAN, device=device, dtype=dtype)  # rows that are not there are not read
-    cache[:, :n, :d] = drawn.normal(2, n, d)
-    angle = torch.rand((m, d // 2), generator=drawn.generator).to(device) * 700
-    seen = torch.rand((1 if mask == "keys" else m, n + m), generator=drawn.generator) < 0.6
+    angle = torch.rand((tables, m, d // 2), generator=drawn.generator).to(device) * 700
+    seen = torch.rand((tables, 1 if mask == "keys" else m, n + m), generator=drawn.generator) < 0.6
+    if mask == "prompts":
+        longest = torch.linspace(1, n, b).round().int()[:tables, None, None]
+        seen = (torch.arange(n + m) < longest) | (torch.arange(n + m) >= n)
     if mask == "causal":
-        seen = torch.ones(m, n + m).tril(n).bool()
+        seen = torch.ones(m, n + m).tril(n).bool().expand(tables, m, n + m).contiguous()
     if mask == "blind":
-        seen[m // 2] = False
+        seen[:, m // 2] = False
     return Inputs(
-        q.unflatten(-1, (heads, d)), k.unsqueeze(1), v.unsqueeze(1), cache[0, :n, None, :d], cache[1, :n, None, :d],
-        angle.cos(), angle.sin(), seen.to(device), drawn.poisoned(m, heads * d).unflatten(-1, (heads, d)), drawn,
+        q.unflatten(-1, (heads, d)), k.unsqueeze(2), v.unsqueeze(2),
+        cache[0, :, :n, None, :d], cache[1, :, :n, None, :d], angle.cos(), angle.sin(), seen.to(device),
+        drawn.poisoned(b, m, heads * d).unflatten(-1, (heads, d)), drawn,
     )  # fmt: skip
 
 
 def expected(x: Inputs, scale: float) -> Tensor:
-    """The ops' evaluation rules in float64."""
-    q, k = meaning("rope", x.q, x.cosine, x.sine), meaning("rope", x.own_k, x.cosine, x.sine)
-    keys, values = torch.cat([x.cached_k.double(), k]), torch.cat([x.cached_v.double(), x.own_v.double()])
-    return meaning("attention", q[None], keys[None], values[None], x.mask[None], scale=scale, causal=False)[0]
+    """The ops' evaluation rules in float64; a rotation's result is rounded to its operand's dtype, as everywhere."""
+    q, k = (meaning("rope", t, x.cosine, x.sine).to(t.dtype).double() for t in (x.q, x.own_k))
+    keys, values = torch.cat([x.cached_k.double(), k], 1), torch.cat([x.cached_v.double(), x.own_v.double()], 1)
+    return meaning("attention", q, keys, values, x.mask, scale=scale, causal=False)
 
 
 def run(x: Inputs, config: Any) -> None:
-    m, heads, d = x.q.shape
-    size = module.scratch_size(m, heads, len(x.cached_k), config)
+    b, m, heads, d = x.q.shape
+    size = module.scratch_size(b, m, heads, x.cached_k.shape[1], config)
     scratch = torch.full((max(size, 1),), NAN, device=x.q.device), torch.empty(0)
     module.segment_attention(*x[:9], d**-0.5, scratch, config)
 
@@ -103,6 +111,11 @@ SMALL: dict[str, tuple[Case, tuple[int, ...]]] = {
     "blind": (Case(4, 19, 6, 32, "blind"), (32, 16, 1, 16, 32, 1)),
     "one blind token": (Case(1, 19, 2, 32, "blind"), (16, 32, 1, 32, 32, 1)),
     "sharp": (Case(3, 50, 8, 64, "pairs", 40.0), (16, 16, 1, 32, 64, 1)),
+    "batch": (Case(3, 21, 3, 32, "pairs", b=3), (16, 16, 1, 16, 32, 1)),
+    "batch of prompts": (Case(5, 37, 8, 32, "prompts", b=4), (16, 32, 1, 32, 16, 1)),
+    "batch of keys": (Case(2, 19, 6, 32, "keys", b=2), (32, 16, 1, 16, 32, 1)),
+    "batch that shares": (Case(18, 16, 2, 64, "causal", b=2, shared=True), (32, 16, 1, 16, 32, 1)),
+    "batch with blind tokens": (Case(4, 19, 6, 32, "blind", b=2), (32, 16, 1, 16, 32, 1)),
 }
 LARGE = {
     "chunk 10": Case(10, 560, mask="keys"),
@@ -114,10 +127,19 @@ LARGE = {
     "short prefix": Case(7, 5),
     "blind": Case(10, 600, mask="blind"),
     "sharp": Case(10, 777, peak=20.0),
+    "d 32": Case(7, 90, 4, 32),
     "d 64": Case(10, 333, 12, 64),
     "d 128, one head": Case(13, 450, 1, 128),
     "d 128, four heads": Case(9, 401, 4, 128, "blind"),
     "d 128": Case(9, 401, 5, 128, "blind"),
+    "batch of 8": Case(10, 560, mask="prompts", b=8),
+    "batch of 8, chunk 50": Case(50, 968, mask="prompts", b=8),
+    "batch of 3": Case(15, 561, b=3),
+    "batch of 5, odd": Case(51, 533, mask="blind", b=5),
+    "batch of 4 that shares": Case(7, 45, mask="causal", b=4, shared=True),
+    "batch of 4, d 128": Case(13, 450, 4, 128, "prompts", b=4),
+    "batch of 6, d 32": Case(7, 90, 4, 32, "prompts", b=6),
+    "batch of 2, sharp": Case(10, 777, peak=20.0, b=2),
 }
 
 
@@ -131,14 +153,14 @@ def test_small_cases_mean_what_the_ops_mean(name: str, interpreted: dict[str, tu
 
 def test_scratch_that_is_too_small_is_refused() -> None:
     x, config = draw(Case(3, 21, 3, 32), "cpu", F32, 0), module.FEW[0]
-    size = module.scratch_size(3, 3, 21, config)
+    size = module.scratch_size(1, 3, 3, 21, config)
     with pytest.raises(ValueError, match=str(size)):
         module.segment_attention(*x[:9], 1.0, (torch.empty(size - 1), torch.empty(0)), config)
 
 
 @pytest.mark.parametrize("case", LARGE.values(), ids=list(LARGE))
 def test_candidates_are_few_and_the_first_is_the_default(case: Case) -> None:
-    shape = case.m, case.heads, case.d, case.n
+    shape = case.b, case.m, case.heads, case.d, case.n
     found = module.candidates(*shape)
     assert 1 <= len(set(found)) == len(found) <= 5
     assert found[0] == module.default(*shape)
@@ -146,21 +168,37 @@ def test_candidates_are_few_and_the_first_is_the_default(case: Case) -> None:
 
 def test_a_hopper_card_is_offered_what_only_it_can_do(monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_has_warpgroups", lambda: True)
-    assert isinstance(module.default(10, 8, 256, 560), module.Config)
-    assert isinstance(module.default(50, 8, 256, 968), module.Split)
-    assert isinstance(module.default(10, 12, 64, 333), module.Config)
+    assert isinstance(module.default(1, 10, 8, 256, 560), module.Config)
+    assert isinstance(module.default(8, 10, 8, 256, 560), module.Split)
+    assert isinstance(module.default(1, 50, 8, 256, 968), module.Split)
+    assert isinstance(module.default(1, 10, 12, 64, 333), module.Config)
     for case in LARGE.values():
-        found = module.candidates(case.m, case.heads, case.d, case.n)
+        found = module.candidates(case.b, case.m, case.heads, case.d, case.n)
         assert any(isinstance(c, module.Config) for c in found)
         assert 1 <= len(set(found)) == len(found) <= 5
+
+
+def test_the_default_is_one_whose_scratch_there_is_room_for(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_has_warpgroups", lambda: True)
+    shape = 16, 50, 8, 256, 968
+    first, *others = module.candidates(*shape)
+    size = module.scratch_size(16, 50, 8, 968, first)
+    assert module.default(*shape, room=size) == first
+    assert module.default(*shape, room=size - 1) in others
+    with pytest.raises(ValueError, match=r"16 x 50 queries to 968 keys needs a scratch of \d+ numbers, not 1000"):
+        module.default(*shape, room=1000)
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------
 
 
 ON_CARDS = [(name, BF16) for name in LARGE]
-ON_CARDS += [(name, F16) for name in ("chunk 10", "chunk 51", "blind", "d 64")]
-THOROUGH = ("chunk 10", "chunk 50")  # every candidate; compiling them all for every case would take minutes
+ON_CARDS += [(name, F16) for name in ("chunk 10", "chunk 51", "blind", "d 64", "batch of 8", "batch of 5, odd")]
+THOROUGH = (
+    "chunk 10",
+    "chunk 50",
+    "batch of 8",
+)  # every candidate; compiling them all for every case would take minutes
 
 
 @pytest.mark.gpu
@@ -169,7 +207,7 @@ def test_large_cases_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     """The first configuration of either kind, or every one; each gives the same bits again and again."""
     case = LARGE[name]
     seed = int.from_bytes(os.urandom(4), "little")
-    configs = module.candidates(case.m, case.heads, case.d, case.n)
+    configs = module.candidates(case.b, case.m, case.heads, case.d, case.n)
     if name not in THOROUGH or dtype != BF16:
         configs = list({type(c): c for c in reversed(configs)}.values())
     for config in configs:
@@ -196,7 +234,8 @@ def test_small_cases_on_a_gpu(name: str) -> None:
 
 # ---- compiled without a GPU --------------------------------------------------------------------------
 
-BUILDS = [(10, 560, arch) for arch in SHARED] + [(50, 968, 89), (50, 968, 90)]
+BUILDS = [(b, 10, 560, 256, arch) for b in (1, 8) for arch in SHARED]
+BUILDS += [(b, 50, 968, 256, arch) for b in (1, 8) for arch in (89, 90)] + [(3, 7, 90, 32, arch) for arch in SHARED]
 
 
 def record(
@@ -208,19 +247,25 @@ def record(
     return recorders
 
 
-@pytest.mark.parametrize(("m", "n", "arch"), BUILDS)
-def test_two_kernels_fit_every_card(m: int, n: int, arch: int, cache: None, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("b", "m", "n", "d", "arch"), BUILDS)
+def test_two_kernels_fit_every_card(
+    b: int, m: int, n: int, d: int, arch: int, cache: None, tmp_path: Path, monkeypatch: Any
+) -> None:
     """The first choice of the two kernels: no spills, and shared memory that the card has."""
     monkeypatch.setattr(module, "_has_warpgroups", lambda: arch == 90)
     monkeypatch.setattr(module, "_shared_memory", lambda: SHARED[arch])
-    config = next(c for c in module.candidates(m, 8, 256, n) if isinstance(c, module.Config))
-    for launch in record(Case(m, n), config, arch, monkeypatch, module, "weights_kernel", "values_kernel"):
+    config = next(c for c in module.candidates(b, m, 8, d, n) if isinstance(c, module.Config))
+    for launch in record(Case(m, n, 8, d, b=b), config, arch, monkeypatch, module, "weights_kernel", "values_kernel"):
         built = launch.compile()
         check_fits(built, arch, tmp_path)
         around_wait(built, arch)
 
 
-@pytest.mark.parametrize(("case", "place"), [(Case(50, 968), 0), (Case(10, 560), 1), (Case(9, 401, 4, 128), 0)])
+SPLIT = [(Case(50, 968), 0), (Case(10, 560), 1), (Case(9, 401, 4, 128), 0)]
+SPLIT += [(case._replace(b=8), place) for case, place in SPLIT]
+
+
+@pytest.mark.parametrize(("case", "place"), SPLIT)
 def test_a_split_fits_a_hopper_card(case: Case, place: int, cache: None, tmp_path: Path, monkeypatch: Any) -> None:
     config = module.SPLITS[place]
     assert split_attention.fits(case.m, case.heads, case.d, case.n, config)

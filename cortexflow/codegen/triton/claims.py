@@ -9,6 +9,7 @@ from cortexflow.ir.core import Op, Value
 
 FEW_ROWS = 16  # products with at most so many rows stream their weights through matrix instructions of 16 rows
 SOME_ROWS = 64  # with at most so many, through warpgroup instructions of 64
+SCRATCH = 1 << 23  # float32 entries for the parts of split products and of attention
 SHARED_BYTES = 227 * 1024  # of a block on Hopper, for which the streaming kernels are laid out
 TENSOR_CORES = ("bf16", "f16")
 
@@ -98,12 +99,23 @@ def _modulated(op: Op) -> bool:
     return _row_vector(op.inputs[1], width) and _row_vector(op.inputs[2], width)
 
 
+def has_table(x: Value, cosine: Value) -> bool:
+    """Whether the angles of x [b, t, heads, d] are a table [1|b, t, d / 2]: a row a token."""
+    if len(x.type.shape) != 4:
+        return False
+    b, t, _, d = x.type.shape
+    return cosine.type.shape in ((1, t, d // 2), (b, t, d // 2))
+
+
 def _segments(op: Op) -> bool:
-    """Whether attention over a cache suits the decoding kernels."""
-    q, k0, v0, cosine, mask = (op.inputs[i].type for i in (0, 1, 2, 5, 7))
-    b, m, _, d = q.shape
-    fits = b == 1 and m <= SOME_ROWS and k0.shape == v0.shape and k0.shape[2] == 1 and d in (64, 128, 256)
-    return fits and q.dtype in TENSOR_CORES and not op.attrs["causal"] and mask.shape[0] == 1 and cosine.shape[0] == 1
+    """Whether attention over a cache suits the decoding kernels, and its weights fit the scratch."""
+    q, k0, v0, mask = (op.inputs[i].type for i in (0, 1, 2, 7))
+    b, m, heads, d = q.shape
+    fits = m <= SOME_ROWS and k0.shape == v0.shape and k0.shape[2] == 1 and d in (32, 64, 128, 256)
+    rows, keys = -(-m * heads // 64) * 64, k0.shape[1] + m + 256  # with what tiles add at most
+    fits = fits and b * rows * keys * 17 // 16 <= SCRATCH  # two sums in 32 keys
+    plain = q.dtype in TENSOR_CORES and mask.dtype == "bool" and not op.attrs["causal"]
+    return fits and plain and has_table(op.inputs[0], op.inputs[5])
 
 
 def _plain_bias(op: Op) -> bool:

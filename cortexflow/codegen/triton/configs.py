@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cortexflow.codegen.triton.claims import SHARED_BYTES
+from cortexflow.codegen.triton.claims import SCRATCH, SHARED_BYTES
 from cortexflow.codegen.triton.tuning import choose, timed
 from cortexflow.ir.core import Op
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -38,8 +38,8 @@ def segmented(stage: Stage, op: Op) -> Any:
     """Of `kernels/triton/segment_attention.py`; as for `streamed`."""
     from cortexflow.kernels.triton.segment_attention import default
 
-    _, m, heads, d = op.inputs[0].type.shape
-    return default(m, heads, d, op.inputs[1].type.shape[1])
+    b, m, heads, d = op.inputs[0].type.shape
+    return default(b, m, heads, d, op.inputs[1].type.shape[1], room=SCRATCH)
 
 
 def multiplying(stage: Stage, op: Op, m: int, n: int, k: int, what: str) -> Any:

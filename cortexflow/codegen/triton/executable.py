@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cortexflow.codegen.triton.claims import SCRATCH
 from cortexflow.codegen.triton.placement import Forms, Staging, allot, fill, host_weights
 from cortexflow.codegen.triton.program import Program
 from cortexflow.codegen.triton.rules import RULES
@@ -17,7 +18,6 @@ from cortexflow.errors import TargetError
 from cortexflow.ir.core import Module, Value
 from cortexflow.passes.plan_buffers import plan_buffers
 
-SCRATCH = 1 << 23  # float32 entries for the parts of split products and of attention
 COUNTERS = 8192  # one for each tile of a split
 
 SWITCHES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from cortexflow.codegen.torch import RULES as TORCH_RULES
+from cortexflow.codegen.triton.claims import has_table
 from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Block, Func, Module, Op, Value
@@ -24,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cortexflow.kernels.gluon import streaming, warpgroup
+from cortexflow.kernels.torch import functions
 from cortexflow.kernels.torch.functions import *
 from cortexflow.kernels.triton import prefill_attention, product
 from cortexflow.kernels.triton.gather import embed
 from cortexflow.kernels.triton.rows import epilogue, glu, layer_norm, modulated_norm, rms_norm, rope, rope_and_cache
+from cortexflow.kernels.triton.rows import summed_norm
 from cortexflow.kernels.triton.segment_attention import Config, Split, segment_attention
 from cortexflow.kernels.triton.skinny import skinny
 from cortexflow.kernels.triton.thin import thin
@@ -124,10 +127,10 @@ class Stage:
         """Whether an op is the current step's row of a table: no launch, a name."""
         return op.name == "gather" and op.inputs[1] in self.direct and op.inputs[1] in self.program.steps
 
-    def following(self, op: Op, names: tuple[str, ...]) -> Op | None:
-        """The op of one of these names that reads the result of `op` and is launched next, to be launched with it.
+    def take_norm(self, op: Op, *names: str) -> Op | None:
+        """The norm of one of these names that reads the sum `op` and is launched next: it is launched with it, if any.
 
-        Its result must have a place that `op` does not read.
+        Its result must have a place that the sum does not read, once the product behind it is done.
         """
         if "joined" in self.program.without:
             return None
@@ -135,7 +138,12 @@ class Stage:
             if other.name in _SILENT or self.program.plan.layouts.keys() & set(other.outputs) or self.of_table(other):
                 continue
             fits = other.name in names and other.inputs[0] is op.out and other not in self.done
-            return other if fits and not self.program.overlap(other.out, op.inputs[0]) else None
+            read = (op.inputs[0], *op.inputs[3:])  # the residual; gate or bias
+            fits = fits and not any(self.program.overlap(other.out, v) for v in read)
+            if not fits or other.out.type.dtype != op.out.type.dtype:
+                return None
+            self.done.add(other)
+            return other
         return None
 
     def block(self, block: Block, indent: str) -> None:
@@ -251,12 +259,9 @@ def joined_rotations(block: Block, plan: Plan) -> dict[Op, tuple[Value, Value, V
     found: dict[Op, tuple[Value, Value, Value]] = {}
     launched = [op for op in block.ops if op.name not in _SILENT and not plan.layouts.keys() & set(op.outputs)]
     for move, queries, keys in zip(launched, launched[1:], launched[2:], strict=False):
-        if (
-            move.name != "slice"
-            or queries.name != "rope"
-            or keys.name != "rope"
-            or queries.inputs[1:] != keys.inputs[1:]
-        ):
+        if (move.name, queries.name, keys.name) != ("slice", "rope", "rope") or not has_table(*queries.inputs[:2]):
+            continue
+        if queries.inputs[1:] != keys.inputs[1:]:
             continue
         parts = [_columns(queries.inputs[0]), _columns(keys.inputs[0]), _columns(move.out)]
         if None in parts:

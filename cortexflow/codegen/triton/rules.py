@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from cortexflow.codegen.triton.claims import SOME_ROWS, STREAMED, grouped, row_count, skinny_config, stored, streams
+from cortexflow.codegen.triton.claims import (
+    SOME_ROWS,
+    STREAMED,
+    grouped,
+    has_table,
+    row_count,
+    skinny_config,
+    stored,
+    streams,
+)
 from cortexflow.codegen.triton.configs import attending, multiplying, segmented, streamed, warped
 from cortexflow.ir.core import FLOATS, Op, Value
 
@@ -94,20 +103,16 @@ def _combined(stage: Stage, op: Op, out: str, r: Value, x: Value, w: Value, gate
     early = [gate]
     if gate is not None:
         parts.append(f"gate={_row(stage, gate)}")
-    norm = stage.following(op, ("fused.modulated_norm", "rms_norm"))
-    if norm is not None and norm.out.type.dtype == op.out.type.dtype:
-        stage.done.add(norm)
+    if norm := stage.take_norm(op, "fused.modulated_norm", "rms_norm"):
         early += norm.inputs[1:]
-        parts.append(f"normed=rows({stage.name(norm.out)}), eps={norm.attrs['eps']!r}")
-        parts += [f"{n}={_row(stage, v)}" for n, v in zip(("scale", "shift"), norm.inputs[1:], strict=False)]
+        parts += [f"normed=rows({stage.name(norm.out)}), eps={norm.attrs['eps']!r}", *_affine(stage, norm)]
     return [*stage.settled(*early), *_parts(stage, x, w, config), f"warpgroup.combine({', '.join(parts)})"]
 
 
 def _segments(stage: Stage, op: Op, out: str) -> list[str]:
-    q, k0, v0, k1, v1, cosine, sine, mask = (
-        f"{stage.read(v, axes)}[0]" for v, axes in zip(op.inputs, (2,) * 7 + (1,), strict=True)
-    )
-    operands = f"{q}, {k1}, {v1}, {k0}, {v0}, {cosine}, {sine}, {mask}, {out}[0], {op.attrs['scale']!r}"
+    dense = (2,) * 5 + (3, 3, 1)  # axes that the kernels take to lie one behind the other
+    q, k0, v0, *rest = (stage.read(v, axes) for v, axes in zip(op.inputs, dense, strict=True))
+    operands = f"{', '.join([q, *rest[:2], k0, v0, *rest[2:]])}, {out}, {op.attrs['scale']!r}"
     early = stage.settled(op.inputs[1], op.inputs[2])
     return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
 
@@ -171,11 +176,9 @@ def _linear_residual(stage: Stage, op: Op, out: str) -> list[str]:
         return ours
     flat = f"rows({out})"
     product = f"torch.addmm({_flat(stage, r)}, {_flat(stage, x)}, {stage.name(w)}, out={flat})"
-    norm = stage.following(op, ("layer_norm", "rms_norm"))
-    if norm is None or norm.out.type.dtype != op.out.type.dtype:
-        return [product, f"epilogue({flat}, {flat}, bias={stage.name(b)})"]
-    stage.done.add(norm)
-    return [product, _normed(stage, norm, stage.name(norm.out), f"bias={stage.name(b)}")]
+    if norm := stage.take_norm(op, "layer_norm", "rms_norm"):
+        return [product, _normed(stage, norm, stage.name(norm.out), f"bias={stage.name(b)}")]
+    return [product, f"epilogue({flat}, {flat}, bias={stage.name(b)})"]
 
 
 def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
@@ -198,7 +201,11 @@ def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
         return _combined(stage, op, out, r, x, w, gate)
     # the result may stand where the residual stood: the product needs a place of its own
     product = f"torch.mm({_flat(stage, x)}, {stage.name(w)})"
-    return [f"epilogue({product}, rows({out}), residual={_flat(stage, r)}, gate={_row(stage, gate)})"]
+    ends = f"residual={_flat(stage, r)}, gate={_row(stage, gate)}"
+    if norm := stage.take_norm(op, "fused.modulated_norm", "rms_norm"):
+        places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
+        return [f"summed_norm({', '.join([product, places, ends, *_affine(stage, norm)])})"]
+    return [f"epilogue({product}, rows({out}), {ends})"]
 
 
 def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
@@ -263,14 +270,14 @@ def _add(stage: Stage, op: Op, out: str) -> list[str]:
 
 
 def _concat(stage: Stage, op: Op, out: str) -> list[str]:
-    """Matrices below each other, sample by sample."""
+    """Matrices below each other, in every sample."""
     shape = op.out.type.shape
     if len(shape) != 3 or op.attrs["axis"] not in (1, -2) or op.out.type.dtype not in ("f32", "bf16", "f16"):
         return stage.copied(op, out)
     lines, at = [], 0
     for part in op.inputs:
         end = at + part.type.shape[1]
-        lines += [f"epilogue({stage.read(part)}[{i}], {out}[{i}, {at}:{end}])" for i in range(shape[0])]
+        lines.append(f"epilogue({stage.read(part)}, {out}[:, {at}:{end}])")
         at = end
     return lines
 
@@ -279,9 +286,12 @@ def _is_row(y: Value, x: Value) -> bool:
     return y.type.shape[-1:] == x.type.shape[-1:] and y.type.size == x.type.shape[-1]
 
 
+def _affine(stage: Stage, norm: Op) -> list[str]:
+    return [f"{n}={_row(stage, v)}" for n, v in zip(("scale", "shift"), norm.inputs[1:], strict=False)]
+
+
 def _normed(stage: Stage, op: Op, out: str, more: str = "") -> str:
-    params = [f"{n}={_row(stage, v)}" for n, v in zip(("scale", "shift"), op.inputs[1:], strict=False)]
-    params += [more] if more else []
+    params = _affine(stage, op) + ([more] if more else [])
     name = op.name.removeprefix("fused.")
     return f"{name}({_flat(stage, op.inputs[0])}, {', '.join([f'rows({out})', repr(op.attrs['eps']), *params])})"
 
@@ -298,21 +308,14 @@ def _modulated_norm(stage: Stage, op: Op, out: str) -> list[str]:
 
 def _rope(stage: Stage, op: Op, out: str) -> list[str]:
     x, cosine, sine = op.inputs
-    b = x.type.shape[0]
-    if len(x.type.shape) != 4 or cosine.type.shape[0] not in (1, b):
-        return stage.copied(op, out)
-    angles = [
-        ", ".join(f"{stage.read(t, 2)}[{i if t.type.shape[0] > 1 else 0}]" for t in (cosine, sine)) for i in range(b)
-    ]
+    if not has_table(x, cosine):  # PyTorch's function of the same name
+        return [f"{out}.copy_(functions.rope({', '.join(map(stage.name, op.inputs))}))"]
+    angles = f"{stage.read(cosine, 3)}, {stage.read(sine, 3)}"
     if op in stage.rotated:
         qkv, keys, values = stage.rotated[op]
-        shape = keys.type.shape[1:]
-        return [
-            f"rope_and_cache({stage.read(qkv)}[{i}], {angles[i]}, {out}[{i}], {stage.name(keys)}[{i}], "
-            f"{stage.name(values)}[{i}].view{shape})"
-            for i in range(b)
-        ]
-    return [f"rope({stage.read(x)}[{i}], {angles[i]}, {out}[{i}])" for i in range(b)]
+        moved = f"{stage.name(values)}.view({keys.type.shape})"
+        return [f"rope_and_cache({stage.read(qkv)}, {angles}, {out}, {stage.name(keys)}, {moved})"]
+    return [f"rope({stage.read(x)}, {angles}, {out})"]
 
 
 def _glu(stage: Stage, op: Op, out: str) -> list[str]:

@@ -1,9 +1,9 @@
 """Attention of a few tokens to a cached prefix and to themselves in two kernels, by warpgroup instructions.
 
-The first is spread over tiles of 64 rows (token, head) and over the keys: a block has its share of the prefix's keys
-and of the tokens' own, and writes the average of their values for its rows, with the largest logit and the
-weights' sum. The prefix's keys and values are on their way to shared memory before a block waits for the kernel
-ahead; after the wait there is one round of loads. The second kernel brings the parts to one scale and adds
+The first is spread over samples, tiles of 64 rows (token, head) and the keys: a block has its share of the
+prefix's keys and of the tokens' own, and writes the average of their values for its rows, with the largest logit
+and the weights' sum. The prefix's keys and values are on their way to shared memory before a block waits for the
+kernel ahead; after the wait there is one round of loads. The second kernel brings the parts to one scale and adds
 them, in their order: identical runs give identical bits.
 """
 
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cortexflow.kernels.gluon.common import barrier, let_next_start, wait_for_previous
-from cortexflow.kernels.triton.common import overlaps
+from cortexflow.kernels.triton.common import overlaps, per_sample
 
 ROWS = 64  # of one warpgroup instruction
 OWN = 8  # places among a block's keys for the tokens' own
@@ -55,7 +55,7 @@ def _padded(m: int, heads: int) -> int:
 
 
 def scratch_size(m: int, heads: int, n: int, config: Split) -> int:
-    """How many float32 numbers `split_attention` needs in between, at most."""
+    """How many float32 numbers `split_attention` needs in between for each sample, at most."""
     return parts(m, n, config) * _padded(m, heads) * (256 // 2 + 2)
 
 
@@ -85,15 +85,28 @@ def _rotated(x1, x2, c, s, dtype: gl.constexpr):
 @gluon.jit
 def part_kernel(
     q, own_k, own_v, cached_k, cached_v, cosine, sine, mask, partial, stats,
-    q_token, k_token, v_token, key_token, value_token, mask_row, SCALE: gl.constexpr,
+    q_token, k_token, v_token, key_token, value_token, mask_row,
+    q_sample, k_sample, v_sample, key_sample, value_sample, mask_sample, angle_sample, SCALE: gl.constexpr,
     M: gl.constexpr, PREFIX: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    PARTS: gl.constexpr, PADDED: gl.constexpr, OWN: gl.constexpr,
+    PARTS: gl.constexpr, PADDED: gl.constexpr, BATCHED: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
-    """One block: 64 rows and one part of the keys, to partial [PARTS, PADDED, D] and f32 stats [2, PARTS, PADDED].
+    """One block: 64 rows and one part of the keys of a sample.
 
-    Within 32 columns those of `partial` are in the order of a thread's accumulators: 16 bytes at once.
+    To partial [b, PARTS, PADDED, D] and f32 stats [b, 2, PARTS, PADDED]. Within 32 columns those of `partial` are in
+    the order of a thread's accumulators: 16 bytes at once.
     """
     let_next_start()
+    sample = gl.program_id(2).to(gl.int64) if BATCHED else 0
+    q += sample * q_sample
+    own_k += sample * k_sample
+    own_v += sample * v_sample
+    cached_k += sample * key_sample
+    cached_v += sample * value_sample
+    cosine += sample * angle_sample
+    sine += sample * angle_sample
+    mask += sample * mask_sample
+    partial += sample * (PARTS * PADDED * D)
+    stats += sample * (2 * PARTS * PADDED)
     HALF: gl.constexpr = D // 2
     EACH: gl.constexpr = (PREFIX + PARTS - 1) // PARTS  # keys of the prefix
     MINE: gl.constexpr = (M + PARTS - 1) // PARTS  # keys of the tokens
@@ -217,11 +230,15 @@ def part_kernel(
 
 @gluon.jit
 def add_kernel(
-    partial, stats, out, out_token, M: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
-    PARTS: gl.constexpr, PADDED: gl.constexpr, ROWS: gl.constexpr,
+    partial, stats, out, out_token, out_sample, M: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+    PARTS: gl.constexpr, PADDED: gl.constexpr, BATCHED: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
-    """One block: ROWS rows, each by a warp."""
+    """One block: ROWS rows of a sample, each by a warp."""
     let_next_start()
+    sample = gl.program_id(1).to(gl.int64) if BATCHED else 0
+    out += sample * out_sample
+    partial += sample * (PARTS * PADDED * D)
+    stats += sample * (2 * PARTS * PADDED)
     EACH: gl.constexpr = min(D // 32, 8)
     line: gl.constexpr = gl.BlockedLayout([1, EACH], [1, 32], [gl.num_warps(), 1], [1, 0])
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, line))
@@ -267,25 +284,28 @@ def split_attention(
     scratch: Tensor,
     config: Split,
 ) -> None:
-    """out [m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
+    """out [b, m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
 
-    q [m, heads, d], own k and v [m, 1, d], cache [n, 1, d] (rotated), angles f32 [m, d/2], mask bool
-    [1|m, n + m]; 16-bit floats of one dtype, where `fits`. Tokens may be strided by a multiple of 8, the heads
-    of one are contiguous. `scratch`, float32, has `scratch_size` numbers; it needs no initial value.
+    q [b, m, heads, d], own k and v [b, m, 1, d], cache [b, n, 1, d] (rotated), angles f32 [1|b, m, d/2], dense, mask
+    bool [1|b, 1|m, n + m]; 16-bit floats of one dtype, where `fits`. Samples and tokens may be strided by a multiple
+    of 8, the heads of one are contiguous. `scratch`, float32, has b · `scratch_size` numbers; it needs no initial
+    value.
     """
-    m, heads, d = q.shape
-    n = cached_k.shape[0]
+    b, m, heads, d = q.shape
+    n = cached_k.shape[1]
     count, padded = parts(m, n, config), _padded(m, heads)
-    flat = scratch.view(-1)
-    partial = flat[: count * padded * d // 2].view(q.dtype)
-    stats = flat[count * padded * d // 2 :]
-    shape = {"M": m, "HEADS": heads, "D": d, "PARTS": count, "PADDED": padded}
-    part_kernel[(padded // ROWS, count)](
+    flat, size = scratch.view(-1), b * count * padded * d // 2
+    partial, stats = flat[:size].view(q.dtype), flat[size:]
+    shape = {"M": m, "HEADS": heads, "D": d, "PARTS": count, "PADDED": padded, "BATCHED": b > 1}
+    part_kernel[(padded // ROWS, count, b)](
         q, own_k, own_v, cached_k, cached_v, cosine, sine, mask.view(torch.uint8), partial, stats,
-        q.stride(0), own_k.stride(0), own_v.stride(0), cached_k.stride(0), cached_v.stride(0),
-        mask.stride(0) if mask.shape[0] > 1 else 0, SCALE=scale * math.log2(math.e), PREFIX=n, KEYS=config.keys,
-        OWN=OWN, **shape, num_warps=4, launch_pdl=overlaps(),
+        q.stride(1), own_k.stride(1), own_v.stride(1), cached_k.stride(1), cached_v.stride(1),
+        mask.stride(1) if mask.shape[1] > 1 else 0,
+        *map(per_sample, (q, own_k, own_v, cached_k, cached_v, mask, cosine)),
+        SCALE=scale * math.log2(math.e), PREFIX=n, KEYS=config.keys, OWN=OWN, **shape, num_warps=4,
+        launch_pdl=overlaps(),
     )  # fmt: skip
-    add_kernel[(triton.cdiv(m * heads, config.rows),)](
-        partial, stats, out, out.stride(0), ROWS=config.rows, **shape, num_warps=config.rows, launch_pdl=overlaps()
-    )
+    add_kernel[(triton.cdiv(m * heads, config.rows), b)](
+        partial, stats, out, out.stride(1), per_sample(out), ROWS=config.rows, **shape, num_warps=config.rows,
+        launch_pdl=overlaps(),
+    )  # fmt: skip

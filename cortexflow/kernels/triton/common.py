@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from functools import cache
 
 import torch
+from torch import Tensor
 
 import triton
 import triton.language as tl
@@ -22,6 +23,11 @@ def overlaps() -> bool:
 @cache
 def _launches_early() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def per_sample(x: Tensor) -> int:
+    """Entries from one sample of x [b, ...] to the next; 0 where there is one, which all samples of a batch share."""
+    return x.stride(0) if x.shape[0] > 1 else 0
 
 
 @triton.jit

@@ -6,16 +6,20 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
+from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, per_sample, wait_for_previous
 
 
 @triton.jit
 def norm_kernel(
-    x, out, scale, shift, bias, x_row, out_row, eps, M,
+    x, out, scale, shift, bias, gate, residual, summed, x_row, out_row, residual_row, summed_row, eps, M,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    CENTRED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, BIAS: tl.constexpr,
+    CENTRED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+    BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: (x - mean?) / sqrt(mean square + eps) · scale + shift, in float32, rounded once; x += bias before."""
+    """ROWS rows: (y - mean?) / sqrt(mean square + eps) · scale + shift, in float32, rounded once.
+
+    y is x or, with anything to be added or multiplied before, summed = residual + (x + bias) · gate as it is stored.
+    """
     let_next_start()
     wait_for_previous()
     row, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -24,8 +28,14 @@ def norm_kernel(
     row = row.to(tl.int64)[:, None]
     v = tl.load(x + row * x_row + k[None, :], mask=there, other=0.0).to(tl.float32)
     if BIAS:
-        sums = (v + tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]).to(x.dtype.element_ty)
-        tl.store(x + row * x_row + k[None, :], sums, mask=there)
+        v += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if GATE:
+        v = v * tl.load(gate + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if RESIDUAL:
+        v += tl.load(residual + row * residual_row + k[None, :], mask=there, other=0.0).to(tl.float32)
+    if BIAS or GATE or RESIDUAL:
+        sums = v.to(summed.dtype.element_ty)
+        tl.store(summed + row * summed_row + k[None, :], sums, mask=there)
         v = sums.to(tl.float32)
     if SCALED:  # fetched beside the row, not after its sums
         factor = tl.load(scale + k, mask=inside, other=0.0)
@@ -48,15 +58,18 @@ def norm_config(k: int) -> tuple[int, int]:
 
 def _norm(
     x: Tensor, out: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, centred: bool,
-    config: tuple[int, int] | None = None, bias: Tensor | None = None,
+    config: tuple[int, int] | None = None, bias: Tensor | None = None, gate: Tensor | None = None,
+    residual: Tensor | None = None, summed: Tensor | None = None,
 ) -> None:  # fmt: skip
     m, k = x.shape
     rows, warps = config or norm_config(k)
+    vectors = [x if v is None else v for v in (scale, shift, bias, gate)]
+    added, sums = x if residual is None else residual, x if summed is None else summed
     norm_kernel[(triton.cdiv(m, rows),)](
-        x, out, x if scale is None else scale, x if shift is None else shift, x if bias is None else bias,
-        x.stride(0), out.stride(0), eps, m,
+        x, out, *vectors, added, sums, x.stride(0), out.stride(0), added.stride(0), sums.stride(0), eps, m,
         K=k, ROWS=rows, BLOCK=triton.next_power_of_2(k), CENTRED=centred, SCALED=scale is not None,
-        SHIFTED=shift is not None, BIAS=bias is not None, num_warps=warps, launch_pdl=overlaps(),
+        SHIFTED=shift is not None, BIAS=bias is not None, GATE=gate is not None, RESIDUAL=residual is not None,
+        num_warps=warps, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
@@ -80,6 +93,25 @@ def layer_norm(
 def modulated_norm(x: Tensor, out: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
     """out [m, k] = x / sqrt(mean(x²) + eps) · scale + shift."""
     _norm(x, out, eps, scale, shift, centred=False)
+
+
+def summed_norm(
+    x: Tensor,
+    summed: Tensor,
+    out: Tensor,
+    eps: float,
+    *,
+    residual: Tensor,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> None:
+    """summed [m, k] = residual + x · gate, and out [m, k] its RMS norm, times scale, plus shift; vectors are [k].
+
+    `summed` may be x or the residual; out is apart from all. Each result has the bits that `epilogue`, then
+    `modulated_norm` or `rms_norm` would give it.
+    """
+    _norm(x, out, eps, scale, shift, centred=False, gate=gate, residual=residual, summed=summed)
 
 
 @triton.jit
@@ -129,80 +161,98 @@ def _turn(
 
 @triton.jit
 def rope_kernel(
-    x, cosine, sine, out, x_token, x_head, out_token, out_head,
-    HEADS: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr,
+    x, cosine, sine, out, x_sample, x_token, x_head, angle_sample, out_sample, out_token, out_head,
+    HEADS: tl.constexpr, HALF: tl.constexpr, MANY: tl.constexpr, BLOCK: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
-    """One token: the halves of every head, rotated by the token's angles."""
+    """One token of one sample: the halves of every head, rotated by the token's angles."""
     let_next_start()
-    wait_for_previous()
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    first, second = _halves(x + token * x_token, x_head, HEADS, HALF, MANY, BLOCK)
-    c = tl.load(cosine + token * HALF + d, mask=d < HALF, other=0.0)
-    s = tl.load(sine + token * HALF + d, mask=d < HALF, other=0.0)
-    _turn(first, second, c, s, out + token * out_token, out_head, HEADS, HALF, MANY, BLOCK)
+    sample = tl.program_id(1).to(tl.int64) if BATCHED else 0
+    x += sample * x_sample + token * x_token
+    angles = sample * angle_sample + token * HALF
+    out += sample * out_sample + token * out_token
+    wait_for_previous()
+    first, second = _halves(x, x_head, HEADS, HALF, MANY, BLOCK)
+    c = tl.load(cosine + angles + d, mask=d < HALF, other=0.0)
+    s = tl.load(sine + angles + d, mask=d < HALF, other=0.0)
+    _turn(first, second, c, s, out, out_head, HEADS, HALF, MANY, BLOCK)
 
 
 def rope(x: Tensor, cosine: Tensor, sine: Tensor, out: Tensor) -> None:
-    """out [t, heads, d] = x rotated; x may be a slice of a wider buffer; angles f32 [t, d / 2], dense."""
-    tokens, heads, d = x.shape
-    rope_kernel[(tokens,)](
-        x, cosine, sine, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), HEADS=heads, HALF=d // 2,
-        MANY=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(d // 2), num_warps=2, launch_pdl=overlaps(),
+    """out [b, t, heads, d] = x rotated; x may be a slice of a wider buffer; angles f32 [1|b, t, d / 2], dense."""
+    samples, tokens, heads, d = x.shape
+    rope_kernel[(tokens, samples)](
+        x, cosine, sine, out, per_sample(x), x.stride(1), x.stride(2), per_sample(cosine),
+        per_sample(out), out.stride(1), out.stride(2), HEADS=heads, HALF=d // 2,
+        MANY=triton.next_power_of_2(heads), BLOCK=triton.next_power_of_2(d // 2), BATCHED=samples > 1,
+        num_warps=2, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
 @triton.jit
 def rope_and_cache_kernel(
-    qkv, cosine, sine, q_out, k_out, v_out, row, q_token, q_head, k_token, k_head, v_token, v_head,
+    qkv, cosine, sine, q_out, k_out, v_out, sample_row, row, angle_sample,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
-    MANY: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
+    MANY: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, BATCHED: tl.constexpr,
 ):  # fmt: skip
-    """One token: its keys rotated and its values moved into the cache; ROTATED: its queries rotated as well."""
+    """One token of one sample: its keys rotated and its values moved into the cache; ROTATED: its queries as well."""
     let_next_start()
-    wait_for_previous()
     D: tl.constexpr = 2 * HALF
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    sample = tl.program_id(1).to(tl.int64) if BATCHED else 0
     head, full = tl.arange(0, FEW), tl.arange(0, 2 * BLOCK)
     there = (head < GROUPS)[:, None] & (full < D)[None, :]
-    qkv += token * row  # everything is fetched before anything is stored: stores may alias, loads would wait for them
+    qkv += sample * sample_row + token * row
+    angles = sample * angle_sample + token * HALF
+    q_out += sample * q_sample + token * q_token
+    k_out += sample * k_sample + token * k_token
+    v_out += sample * v_sample + token * v_token
+    wait_for_previous()  # everything is fetched before anything is stored: stores may alias, loads would wait for them
     k1, k2 = _halves(qkv + HEADS * D, D, GROUPS, HALF, FEW, BLOCK)
     v = tl.load(qkv + (HEADS + GROUPS) * D + head[:, None] * D + full[None, :], mask=there, other=0.0)
-    c = tl.load(cosine + token * HALF + d, mask=d < HALF, other=0.0)
-    s = tl.load(sine + token * HALF + d, mask=d < HALF, other=0.0)
+    c = tl.load(cosine + angles + d, mask=d < HALF, other=0.0)
+    s = tl.load(sine + angles + d, mask=d < HALF, other=0.0)
     if ROTATED:
         q1, q2 = _halves(qkv, D, HEADS, HALF, MANY, BLOCK)
-    tl.store(v_out + token * v_token + head[:, None] * v_head + full[None, :], v, mask=there)
-    _turn(k1, k2, c, s, k_out + token * k_token, k_head, GROUPS, HALF, FEW, BLOCK)
+    tl.store(v_out + head[:, None] * v_head + full[None, :], v, mask=there)
+    _turn(k1, k2, c, s, k_out, k_head, GROUPS, HALF, FEW, BLOCK)
     if ROTATED:
-        _turn(q1, q2, c, s, q_out + token * q_token, q_head, HEADS, HALF, MANY, BLOCK)
+        _turn(q1, q2, c, s, q_out, q_head, HEADS, HALF, MANY, BLOCK)
 
 
 def rope_and_cache(
     qkv: Tensor, cosine: Tensor, sine: Tensor, q_out: Tensor | None, k_out: Tensor, v_out: Tensor
 ) -> None:
-    """Rotate the keys of qkv [t, (heads + 2 groups) · d] into k_out, copy its values into v_out, [t, groups, d] each.
+    """Rotate the keys of qkv [b, t, (heads + 2 groups) · d] into k_out, copy its values into v_out [b, t, groups, d].
 
-    The queries are rotated into q_out [t, heads, d], which may be their place in qkv, or left alone. Rows are strided
-    and heads dense in qkv; both are strided in the outputs. Angles f32 [t, d / 2], dense.
+    The queries are rotated into q_out [b, t, heads, d], which may be their place in qkv, or left alone. Rows are
+    strided and heads dense in qkv; both are strided in the outputs. Angles f32 [1|b, t, d / 2], dense.
     """
-    tokens, groups, d = k_out.shape
-    heads = qkv.shape[1] // d - 2 * groups
-    q = qkv.unflatten(1, (-1, d)) if q_out is None else q_out
-    rope_and_cache_kernel[(tokens,)](
-        qkv, cosine, sine, q, k_out, v_out, qkv.stride(0), q.stride(0), q.stride(1), k_out.stride(0), k_out.stride(1),
-        v_out.stride(0), v_out.stride(1), HEADS=heads, GROUPS=groups, HALF=d // 2, ROTATED=q_out is not None,
+    samples, tokens, groups, d = k_out.shape
+    heads = qkv.shape[2] // d - 2 * groups
+    q = qkv.unflatten(2, (-1, d)) if q_out is None else q_out
+    places = [stride for x in (q, k_out, v_out) for stride in (per_sample(x), x.stride(1), x.stride(2))]
+    rope_and_cache_kernel[(tokens, samples)](
+        qkv, cosine, sine, q, k_out, v_out, per_sample(qkv), qkv.stride(1), per_sample(cosine), *places,
+        HEADS=heads, GROUPS=groups, HALF=d // 2, ROTATED=q_out is not None,
         MANY=triton.next_power_of_2(heads), FEW=triton.next_power_of_2(groups), BLOCK=triton.next_power_of_2(d // 2),
-        num_warps=4, launch_pdl=overlaps(),
+        BATCHED=samples > 1, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
 @triton.jit
 def epilogue_kernel(
-    x, out, bias, residual, gate, x_row, out_row, residual_row, N,
+    x, out, bias, residual, gate, x_row, out_row, residual_row, x_sample, out_sample, residual_sample, N,
     KIND: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+    BATCHED: tl.constexpr,
 ):  # fmt: skip
     """A piece of a row: residual + act(x + bias) · gate."""
     let_next_start()
+    sample = tl.program_id(2).to(tl.int64) if BATCHED else 0
+    x += sample * x_sample
+    out += sample * out_sample
+    residual += sample * residual_sample
     wait_for_previous()
     row, n = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = n < N
@@ -225,12 +275,14 @@ def epilogue(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> None:
-    """out [m, n] = residual + act(x + bias) · gate; out may be x or the residual itself."""
-    m, n = x.shape
+    """out [m, n] or [b, m, n] = residual + act(x + bias) · gate; out may be x or the residual itself."""
+    added = x if residual is None else residual
+    tall = [t if t.dim() == 3 else t.unsqueeze(0) for t in (x, out, added)]
+    b, m, n = tall[0].shape
     block = min(2048, triton.next_power_of_2(n))
-    epilogue_kernel[(m, triton.cdiv(n, block))](
-        x, out, x if bias is None else bias, x if residual is None else residual, x if gate is None else gate,
-        x.stride(0), out.stride(0), 0 if residual is None else residual.stride(0), n,
+    epilogue_kernel[(m, triton.cdiv(n, block), b)](
+        x, out, x if bias is None else bias, added, x if gate is None else gate,
+        *(t.stride(1) for t in tall), *map(per_sample, tall), n,
         KIND=act, BLOCK=block, BIAS=bias is not None, RESIDUAL=residual is not None, GATE=gate is not None,
-        num_warps=4, launch_pdl=overlaps(),
+        BATCHED=b > 1, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip

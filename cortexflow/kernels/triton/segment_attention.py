@@ -1,9 +1,9 @@
 """Attention of a few queries to a cached prefix and to themselves, for latency: nothing is combined through atomics.
 
-Query heads of one key head are rows of one matrix. Two kernels: the first, spread over keys, writes each
-tile's weights exp2(logit - largest of the tile) with that largest logit and their sum; the second, spread over
-the values' columns, brings the tiles to one scale and multiplies by the values. Each has its part of the
-cache, which was written long ago, before it waits for the kernel ahead, so that one round trip to memory
+Query heads of one key head are rows of one matrix, one for each sample of a batch. Two kernels: the first, spread
+over keys, writes each tile's weights exp2(logit - largest of the tile) with that largest logit and their sum; the
+second, spread over the values' columns, brings the tiles to one scale and multiplies by the values. Each has its
+part of the cache, which was written long ago, before it waits for the kernel ahead, so that one round trip to memory
 is left after the wait. A `Split` as `config` asks for Hopper's warpgroup instructions, which suit more rows
 (kernels/gluon/split_attention.py).
 """
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from cortexflow.kernels.gluon import split_attention as split
 from cortexflow.kernels.gluon.split_attention import Split
-from cortexflow.kernels.triton.common import let_next_start, overlaps, wait_for_previous
+from cortexflow.kernels.triton.common import let_next_start, overlaps, per_sample, wait_for_previous
 
 
 class Config(NamedTuple):
@@ -46,9 +46,9 @@ MANY = (Config(64, 64, 8, 16, 64, 8), Config(64, 32, 4, 16, 64, 4), Config(32, 1
 SPLITS = (Split(64), Split(32))  # the second has too many parts where keys are many
 
 
-def candidates(m: int, heads: int, d: int, n: int) -> list[Config | Split]:
+def candidates(b: int, m: int, heads: int, d: int, n: int) -> list[Config | Split]:
     """At most five configurations worth timing for 16-bit floats, the one that needs no timing first."""
-    few = m * heads <= 128
+    few = m * heads <= 128 and b < 4  # small tiles occupy the card, which four samples do with large ones
     splits = [c for c in SPLITS if _has_warpgroups() and split.fits(m, heads, d, n, c)]
     known = FEW if few else [c for c in MANY if _has_warpgroups() or c.rows < 64]  # 64 rows are for warp groups
     tiles = list(dict.fromkeys(_narrowed(c, m, d, n) for c in known))
@@ -63,17 +63,22 @@ def _narrowed(config: Config, m: int, d: int, n: int) -> Config:
     return config._replace(columns=columns)
 
 
-def default(m: int, heads: int, d: int, n: int) -> Config | Split:
-    """The configuration for 16-bit floats where nothing was timed."""
-    return candidates(m, heads, d, n)[0]
+def default(b: int, m: int, heads: int, d: int, n: int, room: int | None = None) -> Config | Split:
+    """The configuration for 16-bit floats where nothing was timed; `room`: numbers that its scratch may have."""
+    offered = candidates(b, m, heads, d, n)
+    fitting = [c for c in offered if room is None or scratch_size(b, m, heads, n, c) <= room]
+    if not fitting:
+        least = min(scratch_size(b, m, heads, n, c) for c in offered)
+        raise ValueError(f"attention of {b} x {m} queries to {n} keys needs a scratch of {least} numbers, not {room}")
+    return fitting[0]
 
 
-def scratch_size(m: int, heads: int, n: int, config: Config | Split) -> int:
+def scratch_size(b: int, m: int, heads: int, n: int, config: Config | Split) -> int:
     """How many float32 numbers `segment_attention` needs in `scratch[0]`, whatever the dtype."""
     if isinstance(config, Split):
-        return split.scratch_size(m, heads, n, config)
+        return b * split.scratch_size(m, heads, n, config)
     tiles, padded = _extent(m, heads, n, config)
-    return padded * tiles * (config.keys + 2)
+    return b * padded * tiles * (config.keys + 2)
 
 
 def _extent(m: int, heads: int, n: int, config: Config) -> tuple[int, int]:
@@ -130,15 +135,26 @@ def _weigh(q1, q2, k1, k2, seen, there, SCALE: tl.constexpr):
 @triton.jit
 def weights_kernel(
     q, own_k, cached_k, cosine, sine, mask, weights, stats, q_token, k_token, cached_token, mask_row,
+    q_sample, k_sample, cached_sample, angle_sample, mask_sample,
     SCALE: tl.constexpr, M: tl.constexpr, PREFIX: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, CACHED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    BATCHED: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows and KEYS keys, of the cache (the first CACHED tiles) or of the tokens themselves.
+    """One program: ROWS rows and KEYS keys of a sample, of the cache (the first CACHED tiles) or of its own tokens.
 
-    weights [PADDED, WIDTH], stats f32 [2, WIDTH / KEYS, PADDED]: largest logits, sums.
+    weights [b, PADDED, WIDTH], stats f32 [b, 2, WIDTH / KEYS, PADDED]: largest logits, sums.
     """
     let_next_start()
     tile, part = tl.program_id(0), tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64) if BATCHED else 0
+    q += sample * q_sample
+    own_k += sample * k_sample
+    cached_k += sample * cached_sample
+    cosine += sample * angle_sample
+    sine += sample * angle_sample
+    mask += sample * mask_sample
+    weights += sample * (PADDED * WIDTH)
+    stats += sample * (2 * (WIDTH // KEYS) * PADDED)
     HALF: tl.constexpr = D // 2
     row = tile * ROWS + tl.arange(0, ROWS)
     token = row // HEADS
@@ -180,12 +196,19 @@ def weights_kernel(
 
 @triton.jit
 def values_kernel(
-    weights, stats, own_v, cached_v, out, v_token, cached_token, out_token,
+    weights, stats, own_v, cached_v, out, v_token, cached_token, out_token, v_sample, cached_sample, out_sample,
     M: tl.constexpr, PREFIX: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, CACHED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr,
+    BATCHED: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows and COLUMNS columns of the values; the tiles' products are added in their order."""
+    """One program: ROWS rows and COLUMNS columns of a sample's values; the tiles' products are added in their order."""
     let_next_start()
+    sample = tl.program_id(2).to(tl.int64) if BATCHED else 0
+    own_v += sample * v_sample
+    cached_v += sample * cached_sample
+    out += sample * out_sample
+    weights += sample * (PADDED * WIDTH)
+    stats += sample * (2 * (WIDTH // KEYS) * PADDED)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     key = tl.arange(0, KEYS)
@@ -233,34 +256,36 @@ def segment_attention(
     scratch: tuple[Tensor, Tensor],
     config: Config | Split,
 ) -> None:
-    """out [m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
+    """out [b, m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
 
-    q [m, heads, d], own k and v [m, 1, d], cache [n, 1, d] (rotated), angles f32 [m, d/2], mask bool
-    [1|m, n + m]; d a power of two from 32. Tokens may be strided, the heads of one are contiguous. `scratch[0]`,
-    float32, holds weights and sums in between (`scratch_size` numbers); it needs no initial value.
+    q [b, m, heads, d], own k and v [b, m, 1, d], cache [b, n, 1, d] (rotated), angles f32 [1|b, m, d/2], dense, mask
+    bool [1|b, 1|m, n + m]; d a power of two from 32. Tokens may be strided, the heads of one are contiguous.
+    `scratch[0]`, float32, holds weights and sums in between (`scratch_size` numbers); it needs no initial value.
     """
-    m, heads, d = q.shape
-    n = cached_k.shape[0]
-    needed = scratch_size(m, heads, n, config)
+    b, m, heads, d = q.shape
+    n = cached_k.shape[1]
+    needed = scratch_size(b, m, heads, n, config)
     if scratch[0].numel() < needed:
         raise ValueError(f"scratch of {scratch[0].numel()} numbers where {needed} are needed")
     if isinstance(config, Split):
         split.split_attention(q, own_k, own_v, cached_k, cached_v, cosine, sine, mask, out, scale, scratch[0], config)
         return
     tiles, padded = _extent(m, heads, n, config)
-    stats = scratch[0].view(-1)[: 2 * tiles * padded]
+    stats = scratch[0].view(-1)[: b * 2 * tiles * padded]
     weights = scratch[0].view(-1)[stats.numel() :].view(q.dtype)
     shape = {
         "M": m, "PREFIX": n, "HEADS": heads, "D": d, "KEYS": config.keys, "CACHED": triton.cdiv(n, config.keys),
-        "WIDTH": tiles * config.keys, "PADDED": padded,
+        "WIDTH": tiles * config.keys, "PADDED": padded, "BATCHED": b > 1,
     }  # fmt: skip
-    weights_kernel[(triton.cdiv(m * heads, config.rows), tiles)](
+    weights_kernel[(triton.cdiv(m * heads, config.rows), tiles, b)](
         q, own_k, cached_k, cosine, sine, mask.view(torch.uint8), weights, stats,
-        q.stride(0), own_k.stride(0), cached_k.stride(0), mask.stride(0) if mask.shape[0] > 1 else 0,
+        q.stride(1), own_k.stride(1), cached_k.stride(1), mask.stride(1) if mask.shape[1] > 1 else 0,
+        *map(per_sample, (q, own_k, cached_k, cosine, mask)),
         SCALE=scale * math.log2(math.e), ROWS=config.rows, **shape, num_warps=config.warps, launch_pdl=overlaps(),
     )  # fmt: skip
-    values_kernel[(triton.cdiv(m * heads, config.value_rows), d // config.columns)](
-        weights, stats, own_v, cached_v, out, own_v.stride(0), cached_v.stride(0), out.stride(0),
+    values_kernel[(triton.cdiv(m * heads, config.value_rows), d // config.columns, b)](
+        weights, stats, own_v, cached_v, out, own_v.stride(1), cached_v.stride(1), out.stride(1),
+        *map(per_sample, (own_v, cached_v, out)),
         ROWS=config.value_rows, COLUMNS=config.columns, **shape,
         num_warps=config.value_warps, launch_pdl=overlaps(),
     )  # fmt: skip
