@@ -376,7 +376,6 @@ def test_the_family_says_its_buffers() -> None:
         ({"decoder_dim": 8}, {}, r"one transformer: expected decoder_dim=4096, as encoder_dim, found 8"),
         ({"num_decoder_layers": 8}, {}, r"expected equal num_encoder_layers and num_decoder_layers, found 32 and 8"),
         ({"dino_num_layers": 1}, {}, "before their last block: each needs two layers"),
-        ({"dino_num_heads": 15}, {}, "dino_dim=1024 must be a multiple of dino_num_heads=15"),
         ({"pad_token_id": 40000}, {}, "expected a vocabulary that holds pad_token_id=40000"),
         ({"vocab_padding": 32000}, {}, "action tokens"),
         ({}, {"views": 2}, "OpenVLA sees one picture: expected views=1, found 2"),
@@ -388,6 +387,11 @@ def test_what_the_family_does_not_have_is_refused(changes: dict, signature: dict
     config = ModelConfig.released(VLAModelType.OPENVLA).with_(**changes)
     with pytest.raises(ConfigError, match=message):
         create_model(config).build(Signature.of(config, **signature))
+
+
+def test_heads_divide_each_tower() -> None:
+    with pytest.raises(ConfigError, match=r"dino_dim=1024 must be a multiple of dino_num_heads=15"):
+        ModelConfig(dino_num_heads=15)
 
 
 def test_released_dimensions_of_an_unknown_family() -> None:
