@@ -75,7 +75,6 @@ SMALL = {
     "rows that are not aligned": Case(37, 21, 19, TINY),
     "one row": Case(1, 5, 3, TINY),
     "one piece, default tile": Case(5, 33, 20),
-    "one tile after another": Case(37, 20, 36, TINY._replace(more=0, resident=1)),
     "split": Case(37, 36, 20, TINY._replace(split=3), "silu", True, True, True),
     "split finer than its steps": Case(5, 20, 36, TINY._replace(split=4)),
     **{f"everything {a}": Case(9, 20, 12, TINY, a, True, True, True) for a in ACTS},
@@ -84,7 +83,6 @@ SMALL = {
     "pairs": Case(37, 24, 20, TINY, "gelu_tanh", True, True, True, True),
     "pairs transposed": Case(37, 24, 20, TINY._replace(swap=True), "silu", True, pairs=True),
     "pairs, not aligned": Case(17, 21, 19, TINY, "silu", pairs=True),
-    "pairs, one tile after another": Case(37, 20, 36, TINY._replace(more=0, resident=1), "silu", pairs=True),
 }  # fmt: skip
 LARGE = {
     "qkv": Case(560, 2048, 2560),
@@ -177,7 +175,7 @@ LAUNCHES: dict[str, tuple[torch.dtype, Case]] = {
 def build(case: Case, dtype: torch.dtype, arch: int, monkeypatch: pytest.MonkeyPatch, part: str = "") -> Any:
     """What a product would launch on an architecture, compiled: its tiles, or what finishes their parts."""
     product, finish = (record(room, kernel, arch, monkeypatch) for kernel in ("product_kernel", "finish_kernel"))
-    monkeypatch.setattr(room, "_card", lambda device: (132, SHARED[arch]))
+    monkeypatch.setattr(room, "_shared_bytes", lambda device: SHARED[arch])
     run(case, "cpu", dtype, 0)
     return (finish if part == "finish" else product).compile()
 

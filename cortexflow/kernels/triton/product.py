@@ -33,7 +33,6 @@ class Config(NamedTuple):
     split: int = 1  # parts of K
     warps: int = 8
     stages: int = 4
-    resident: int = 0  # programs of a multiprocessor that take one tile after another; 0: a program a tile
     swap: bool = False  # the transposed product: the weight's columns are the instruction's rows
 
 
@@ -117,11 +116,11 @@ def _finish(
 def product_kernel(
     x, x_more, w, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
-    GROUP: tl.constexpr, FLAT: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
+    GROUP: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
     EXACT: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     GATE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of ROWS + MORE rows and COLUMNS columns, one after another: whole, or one part of K in float32."""
+    """A tile of ROWS + MORE rows and COLUMNS columns: whole, or one part of K in float32."""
     let_next_start()
     wait_for_previous()
     down, across = tl.cdiv(M, ROWS + MORE), tl.cdiv(N, COLUMNS)
@@ -130,33 +129,28 @@ def product_kernel(
     width = N
     if GLU:
         width = 2 * N
-    begin = tl.program_id(0)
-    end, step = begin + 1, 1
-    if FLAT:
-        end, step = down * across * SPLIT, tl.num_programs(0)
-    for unit in tl.range(begin, end, step, flatten=FLAT):
-        part, tile = unit % SPLIT, unit // SPLIT
-        first = tile // (GROUP * across) * GROUP  # tiles above each other are neighbours in time: they share w
-        height = min(down - first, GROUP)
-        place = tile % (GROUP * across)
-        row, column = (first + place % height) * (ROWS + MORE), place // height * COLUMNS
+    part, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    first = tile // (GROUP * across) * GROUP  # tiles above each other are neighbours in time: they share w
+    height = min(down - first, GROUP)
+    place = tile % (GROUP * across)
+    row, column = (first + place % height) * (ROWS + MORE), place // height * COLUMNS
 
-        acc = _zeros(ROWS, WIDE, SWAP)
+    acc = _zeros(ROWS, WIDE, SWAP)
+    if MORE:
+        acc_more = _zeros(MORE, WIDE, SWAP)
+    for k in tl.range(part * extent, min((part + 1) * extent, K), DEPTH):
+        b = _block(w, k, column * (WIDE // COLUMNS), K, width, w_row, DEPTH, WIDE, W_ALIGN)
+        a = _block(x, row, k, M, K, x_row, ROWS, DEPTH, X_ALIGN)
+        acc = _add(a, b, acc, SWAP, EXACT)
         if MORE:
-            acc_more = _zeros(MORE, WIDE, SWAP)
-        for k in tl.range(part * extent, min((part + 1) * extent, K), DEPTH):
-            b = _block(w, k, column * (WIDE // COLUMNS), K, width, w_row, DEPTH, WIDE, W_ALIGN)
-            a = _block(x, row, k, M, K, x_row, ROWS, DEPTH, X_ALIGN)
-            acc = _add(a, b, acc, SWAP, EXACT)
-            if MORE:
-                a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
-                acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
+            a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
+            acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
 
-        _store(acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
-               ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
-        if MORE:
-            _store(acc_more, row + ROWS, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
-                   MORE, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
+    _store(acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
+           ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
+    if MORE:
+        _store(acc_more, row + ROWS, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
+               MORE, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
 
 
 @triton.jit
@@ -206,12 +200,9 @@ def finish_kernel(
 
 
 @cache
-def _card(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a block may have; without a card two and none."""
-    if device.type != "cuda":
-        return 2, 0
-    card = torch.cuda.get_device_properties(device)
-    return card.multi_processor_count, card.shared_memory_per_block_optin
+def _shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have; none without a card."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
 
 
 def _alignment(x: Tensor) -> int:
@@ -244,8 +235,7 @@ def product(
     """
     m, k = x.shape
     n = out.shape[1]
-    multiprocessors, shared = _card(x.device)
-    c = config or default(m, n, k, pairs, shared, x.element_size())
+    c = config or default(m, n, k, pairs, _shared_bytes(x.device), x.element_size())
     if x.stride(1) != 1 or w.stride(1) != 1:
         raise ValueError("rows of x and w must be dense")
     if pairs and c.split > 1:
@@ -264,10 +254,9 @@ def product(
     flags = {"ACT": act, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATE": gate is not None}
     parts = some if c.split == 1 else scratch
     units = triton.cdiv(m, c.rows + c.more) * triton.cdiv(n, c.columns) * c.split
-    programs = min(units, c.resident * multiprocessors) if c.resident else units
-    product_kernel[(programs,)](
+    product_kernel[(units,)](
         *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
-        ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8, FLAT=c.resident > 0,
+        ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8,
         SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="ieee" if x.dtype == torch.float32 else "tf32", GLU=pairs,
         **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
@@ -310,7 +299,6 @@ PAIRS = (
     Config(128, 64, 64, warps=4, stages=2),
     Config(128, 64, 64, depth=32, warps=4, stages=5),
     Config(128, 0, 128),
-    Config(128, 0, 128, resident=1),
     Config(128, 0, 64, warps=4, stages=3),
     Config(64, 0, 128, depth=32, warps=4, stages=5),
 )
@@ -333,5 +321,5 @@ def candidates(m: int, n: int, k: int, pairs: bool = False, count: int = 8) -> l
     """Configurations worth measuring on Hopper, for 16-bit operands; the likeliest first."""
     tiles = PAIRS if pairs else PLAIN
     splits = (1,) if pairs else [s for s in _SPLITS if s == 1 or k >= 256 * s]
-    every = [c._replace(split=s) for c in tiles for s in splits if c.resident == 0 or s == 1]
+    every = [c._replace(split=s) for c in tiles for s in splits]
     return sorted(every, key=lambda c: _clocks(c, m, n, k, pairs))[:count]
