@@ -53,7 +53,7 @@ class Target:
     claims: frozenset[str]
     build: Callable[..., Executable]
     accepts: Callable[[Op, frozenset[str]], bool] = lambda op, without: True
-    layouts: frozenset[str] = frozenset()  # rewrites of `passes/layout.py` that suit it: `patches`
+    wants: frozenset[str] = frozenset()  # passes that run for a target that asks for them: `pipeline.ON_REQUEST`
     switches: Mapping[str, str] = field(default_factory=dict)  # optimisations that can be off, a line on each
     needs: frozenset[str] = frozenset()  # passes that it cannot do without: they cannot be off
     options: frozenset[str] = frozenset()  # of `forms`, `tune`, `progress`, those that `build` takes

@@ -212,7 +212,7 @@ def record(
 def test_two_kernels_fit_every_card(m: int, n: int, arch: int, cache: None, tmp_path: Path, monkeypatch: Any) -> None:
     """The first choice of the two kernels: no spills, and shared memory that the card has."""
     monkeypatch.setattr(module, "_has_warpgroups", lambda: arch == 90)
-    monkeypatch.setattr(module, "_shared_memory", lambda: SHARED[arch])
+    monkeypatch.setattr(module, "shared_memory", lambda: SHARED[arch])
     config = next(c for c in module.candidates(m, 8, 256, n) if isinstance(c, module.Config))
     for launch in record(Case(m, n), config, arch, monkeypatch, module, "weights_kernel", "values_kernel"):
         built = launch.compile()

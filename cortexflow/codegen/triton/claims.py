@@ -106,6 +106,14 @@ def _segments(op: Op) -> bool:
     return fits and q.dtype in TENSOR_CORES and not op.attrs["causal"] and mask.shape[0] == 1 and cosine.shape[0] == 1
 
 
+def _token(op: Op) -> bool:
+    """Whether attention of one token to two caches suits its kernel."""
+    q, k0, v0, mask = (op.inputs[i].type for i in (0, 1, 2, 5))
+    _, m, heads, d = q.shape
+    fits = m == 1 and heads <= 16 * k0.shape[2] and k0.shape == v0.shape and d in (64, 128, 256)
+    return fits and q.dtype in TENSOR_CORES and not op.attrs["causal"] and mask.shape[1] == 1
+
+
 def _plain_bias(op: Op) -> bool:
     w, b = op.inputs[1], op.inputs[2]
     return len(w.type.shape) == 2 and _row_vector(b, w.type.shape[1])
@@ -124,6 +132,7 @@ def _gated_unit(op: Op) -> bool:
 CLAIMS: Mapping[str, Callable[[Op], bool]] = {
     **STREAMED,
     "fused.rotated_attention_segments": _segments,
+    "fused.attention_segments": _token,
     "fused.modulated_norm": lambda o: _modulated(o) and o.inputs[0].type.shape[-1] <= 8192,
     "fused.matmul_glu": _gated_unit,
     "fused.glu": lambda o: True,

@@ -112,13 +112,26 @@ def _segments(stage: Stage, op: Op, out: str) -> list[str]:
     return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
 
 
+def _token(stage: Stage, op: Op, out: str) -> list[str]:
+    """Attention of one token to a prefix that stands, and to what was generated since."""
+    q, k0, v0, k1, v1 = (stage.read(v, 2) for v in op.inputs[:5])
+    early = stage.settled(op.inputs[1], op.inputs[2])
+    return [
+        *early,
+        f"token_attention({q}, {k0}, {v0}, {k1}, {v1}, {stage.read(op.inputs[5])}, {out}, {op.attrs['scale']!r})",
+    ]
+
+
 # ---- products of many rows ---------------------------------------------------------------------------
 
 
 def _product(stage: Stage, op: Op, out: str) -> list[str]:
     x, w = op.inputs
-    if len(w.type.shape) != 2 or op.out.type.dtype != x.type.dtype:
+    wider = (x.type.dtype, op.out.type.dtype) in (("bf16", "f32"), ("f16", "f32"))
+    if len(w.type.shape) != 2 or not (wider or op.out.type.dtype == x.type.dtype):
         return stage.copied(op, out)
+    if wider:
+        return _multiplied(stage, op, out, x, w) or stage.copied(op, out)
     if small := _thin(stage, op, out, x, w):
         return small
     if _some(stage, op, 0, 1):
@@ -206,7 +219,7 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
     if _some(stage, op, 0, 1, glu=True):
         return _warped(stage, op, out, x, w, glu=True)
     k, n = w.type.shape
-    config = multiplying(stage, op, row_count(x), n // 2, k, "pairs")
+    config = multiplying(stage, x.type.dtype, row_count(x), n // 2, k, "pairs", x.type.dtype)
     operands = f"{_flat(stage, x)}, {stage.weight(w, 'pairs')}, rows({out})"
     return [f"product.product({operands}, act={op.attrs['kind']!r}, pairs=True, config=product.{config!r})"]
 
@@ -214,7 +227,7 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
 def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = "") -> list[str] | None:
     """A product in a kernel of ours, with its epilogue, where that is known to be the faster one."""
     k, n = w.type.shape
-    config = multiplying(stage, op, row_count(x), n, k, op.name.removeprefix("fused."))
+    config = multiplying(stage, x.type.dtype, row_count(x), n, k, op.name.removeprefix("fused."), op.out.type.dtype)
     if config is None:
         return None
     ends += ", scratch=self.scratch[0]" if config.split > 1 else ""
@@ -225,9 +238,10 @@ def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = 
 def _attention(stage: Stage, op: Op, out: str) -> list[str]:
     extra = op.inputs[3:]
     other = op.inputs[2].type.shape[-1] != op.inputs[0].type.shape[-1]  # values wider or narrower than keys
-    if op.attrs["causal"] or other or any(e.type.dtype != "bool" for e in extra):
+    causal = op.attrs["causal"]
+    if (causal and extra) or other or any(e.type.dtype != "bool" for e in extra):
         return stage.copied(op, out)
-    mask = f", mask={stage.read(extra[0])}" if extra else ""
+    mask = ", causal=True" if causal else f", mask={stage.read(extra[0])}" if extra else ""
     q, k, v = (stage.read(x, 2) for x in op.inputs[:3])
     config = attending(stage, op)
     tile = f", config=prefill_attention.{config!r}, scratch=self.scratch" if config is not None else ""
@@ -275,6 +289,14 @@ def _concat(stage: Stage, op: Op, out: str) -> list[str]:
     return lines
 
 
+def _cache_update(stage: Stage, op: Op, out: str) -> list[str]:
+    """Into the cache where it stands (the plan copies it before, if it must not change) at a loop's step."""
+    _, new, index = op.inputs
+    if index not in stage.program.steps:
+        return stage.copied(op, out)
+    return [f"{stage.slot(op)}.copy_({stage.name(new)})"]
+
+
 def _is_row(y: Value, x: Value) -> bool:
     return y.type.shape[-1:] == x.type.shape[-1:] and y.type.size == x.type.shape[-1]
 
@@ -305,11 +327,11 @@ def _rope(stage: Stage, op: Op, out: str) -> list[str]:
         ", ".join(f"{stage.read(t, 2)}[{i if t.type.shape[0] > 1 else 0}]" for t in (cosine, sine)) for i in range(b)
     ]
     if op in stage.rotated:
-        qkv, keys, values = stage.rotated[op]
-        shape = keys.type.shape[1:]
+        joined = stage.rotated[op]
+        keys, values = (stage.slot(o) if o.name == "cache_update" else stage.name(o.out) for o in joined.moves)
         return [
-            f"rope_and_cache({stage.read(qkv)}[{i}], {angles[i]}, {out}[{i}], {stage.name(keys)}[{i}], "
-            f"{stage.name(values)}[{i}].view{shape})"
+            f"rope_and_cache({stage.read(joined.source)}[{i}], {angles[i]}, {out}[{i}], {keys}[{i}], "
+            f"{values}[{i}].view{joined.shape})"
             for i in range(b)
         ]
     return [f"rope({stage.read(x)}[{i}], {angles[i]}, {out}[{i}])" for i in range(b)]
@@ -330,6 +352,7 @@ def _gather(stage: Stage, op: Op, out: str) -> list[str]:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(STREAMED, _streamed),
     "fused.rotated_attention_segments": _segments,
+    "fused.attention_segments": _token,
     "fused.modulated_norm": _modulated_norm,
     "fused.matmul_glu": _matmul_glu,
     "fused.glu": _glu,
@@ -340,6 +363,7 @@ RULES: dict[str, Rule] = {
     "fused.matmul_gated_residual": _matmul_gated_residual,
     "act": _act,
     "add": _add,
+    "cache_update": _cache_update,
     "attention": _attention,
     "cast": _cast,
     "concat": _concat,

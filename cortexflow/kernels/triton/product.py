@@ -22,6 +22,8 @@ import triton.language as tl
 from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+FEW_ROWS = 16  # with at most so many a product is bound by the bytes of its weights
+
 
 class Config(NamedTuple):
     """How a product is cut into tiles, and what a program of it gets."""
@@ -269,6 +271,9 @@ def product(
 
 def default(m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: int = 2) -> Config:
     """A configuration that fits a card whose blocks may have so much shared memory (0: any card)."""
+    if m <= FEW_ROWS and itemsize == 2:  # bound by the weights' bytes: many of them in flight
+        stages = 6 if shared_bytes > 200 * 1024 else 4
+        return Config(16, 0, 32 if pairs else 64, 128, warps=4, stages=stages, swap=True)
     columns = 64 if pairs or n <= 64 else 128
     if itemsize > 2:
         return Config(64, 0, columns // 2, 16, stages=3)
@@ -302,6 +307,17 @@ PAIRS = (
     Config(128, 0, 64, warps=4, stages=3),
     Config(64, 0, 128, depth=32, warps=4, stages=5),
 )
+FEW = (  # for at most FEW_ROWS rows
+    Config(16, 0, 64, 128, warps=4, stages=6, swap=True),
+    Config(16, 0, 128, 64, warps=4, stages=5, swap=True),
+    Config(16, 0, 128, 128, warps=4, stages=3),
+    Config(16, 0, 64, 256, warps=4, stages=3),
+)
+FEW_PAIRS = (
+    Config(16, 0, 32, 128, warps=4, stages=6, swap=True),
+    Config(16, 0, 64, 128, warps=4, stages=3),
+    Config(16, 0, 32, 128, warps=4, stages=4),
+)
 _SPLITS = (1, 2, 3, 4, 5, 6, 8)
 
 
@@ -319,6 +335,10 @@ def _clocks(c: Config, m: int, n: int, k: int, pairs: bool) -> float:
 
 def candidates(m: int, n: int, k: int, pairs: bool = False, count: int = 8) -> list[Config]:
     """Configurations worth measuring on Hopper, for 16-bit operands; the likeliest first."""
+    if m <= FEW_ROWS:
+        tiles = FEW_PAIRS if pairs else FEW
+        spread = {c: 1 if pairs else min(8, triton.cdiv(128, triton.cdiv(n, c.columns))) for c in tiles}
+        return list(dict.fromkeys(c._replace(split=s) for c in tiles for s in (1, spread[c])))[:count]
     tiles = PAIRS if pairs else PLAIN
     splits = (1,) if pairs else [s for s in _SPLITS if s == 1 or k >= 256 * s]
     every = [c._replace(split=s) for c in tiles for s in splits]
