@@ -188,9 +188,12 @@ def _further_tokens(c: ModelConfig, s: Signature, p: Params, first: Value, lengt
     """The tokens behind the first: ids i32 [b, count], from a loop that carries their cache."""
     b, slots, count = s.batch, _slots(c, s), _generated(c, s) - 1
     tower, pad = llama.tower(c), scalar(c.pad_token_id, "i32")
+    carried = ["token", "ended", "ids", "position", *(f"own_{n}_{i}" for i in range(len(prefix)) for n in "kv")]
     valid = reshape(lt(iota(size=slots), reshape(length, shape=(b, 1))), shape=(b, 1, slots))
 
     def step(i: Value, token: Value, ended: Value, ids: Value, position: Value, *flat: Value) -> list[Value]:
+        for v, name in zip((token, ended, ids, position, *flat), carried, strict=True):
+            named(v, name)
         x = llama.embed(reshape(token, shape=(b, 1)), c, p)
         written = broadcast_to(reshape(le(iota(size=count), i), shape=(1, 1, count)), shape=(b, 1, count))
         mask, rotate = concat(valid, written, axis=2), _rotation(reshape(position, shape=(b, 1)), c, s)
