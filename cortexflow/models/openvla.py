@@ -92,6 +92,11 @@ def _check(c: ModelConfig, s: Signature) -> None:
         )
     if s.views != 1:
         raise ConfigError(f"OpenVLA sees one picture: expected views=1, found {s.views}")
+    if s.chunk != c.chunk_size:
+        raise ConfigError(
+            f"OpenVLA emits as many actions at once as it was trained on: expected chunk={c.chunk_size}, found "
+            f"{s.chunk}; for a model that was fine-tuned on more, say so in its configuration (chunk_size)"
+        )
     if s.steps != c.num_diffusion_steps:
         raise ConfigError(f"OpenVLA has no flow: steps={s.steps} does not apply; leave it out")
     if s.prompt < 2:

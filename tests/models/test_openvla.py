@@ -400,6 +400,7 @@ def test_the_family_says_its_buffers() -> None:
         ({"pad_token_id": 40000}, {}, "expected a vocabulary that holds pad_token_id=40000"),
         ({"vocab_padding": 32000}, {}, "action tokens"),
         ({}, {"views": 2}, "OpenVLA sees one picture: expected views=1, found 2"),
+        ({}, {"chunk": 8}, "expected chunk=1, found 8; for a model that was fine-tuned on more"),
         ({}, {"steps": 10}, "OpenVLA has no flow: steps=10 does not apply"),
         ({}, {"prompt": 1}, "expected prompt=2 at least, found 1"),
     ],
