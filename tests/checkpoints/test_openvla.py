@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cortexflow.checkpoints import match, open_checkpoint
+from cortexflow.checkpoints import build_checkpoint, match, open_checkpoint
 from cortexflow.checkpoints.openvla import LAST_BLOCK, LAST_NORM, POOLING
+from cortexflow.checkpoints.torch_file import from_mapping
 from cortexflow.cli import main
 from cortexflow.errors import CheckpointError, CortexFlowError
 from cortexflow.models import ModelConfig, VLAModelType, create_model
 from tests.models.openvla_cases import DATA, EMBEDDING, INDEX, TINY, weights, write_checkpoint
 from tests.models.test_openvla import TINY_CONFIG, stored_keys
+from tests.test_fuzz import changed_json, fuzzed
 
 TEXT = json.loads((TINY / "config.json").read_text())["text_config"]
 TOWERS = json.loads((TINY / "config.json").read_text())["vision_towers"]
@@ -57,9 +61,6 @@ def test_the_released_checkpoint_needs_no_dimensions_said() -> None:
 
 def test_the_released_config_says_the_same(tmp_path: Path) -> None:
     """As the conversion writes it: `text_config` holds four keys, LlamaConfig's defaults the rest."""
-    from cortexflow.checkpoints.checkpoint import build_checkpoint
-    from cortexflow.checkpoints.torch_file import from_mapping
-
     config = json.loads((DATA / "config.full.json").read_text())
     opened = build_checkpoint(from_mapping(full_size()), config)
     assert opened.config == RELEASED and not opened.notes
@@ -198,6 +199,34 @@ def test_older_files_store_the_angles(tmp_path: Path) -> None:
     extra = {f"{LAYER}.{i}.self_attn.rotary_emb.inv_freq": torch.ones(5) for i in range(3)}
     opened = open_checkpoint(write_checkpoint(tmp_path, {**weights(), **extra}))
     assert set(extra) <= set(opened.skipped)
+
+
+@fuzzed(150)
+@given(content=changed_json(json.loads((TINY / "config.json").read_text()) | {"cortexflow": {"action_dim": 3}}))
+def test_any_config_json_ends_in_a_graph_or_a_clear_error(content: Any) -> None:
+    try:
+        opened = build_checkpoint(from_mapping(weights()), content)
+        match(opened, create_model(opened.config).get_weight_shapes())
+    except CortexFlowError as error:
+        assert len(str(error)) > 20
+
+
+SHAPES = st.lists(st.integers(0, 60), max_size=5).map(tuple)
+
+
+@fuzzed(100)
+@given(shapes=st.dictionaries(st.sampled_from(sorted(weights())), SHAPES, max_size=4), gone=st.booleans())
+def test_tensors_of_any_shape_end_in_a_clear_error(shapes: dict[str, tuple[int, ...]], gone: bool) -> None:
+    tensors = {n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()}
+    tensors = {k: v for k, v in {**weights(), **tensors}.items() if not (gone and k in shapes)}
+    try:
+        opened = build_checkpoint(from_mapping(tensors), json.loads((TINY / "config.json").read_text()))
+        match(opened, create_model(opened.config).get_weight_shapes())
+    except CortexFlowError as error:
+        assert len(str(error)) > 20
+    else:
+        changed = [n for n in shapes if gone or tensors[n].shape != weights()[n].shape]
+        assert all(n in opened.skipped or n not in opened.tensors for n in changed)
 
 
 def test_the_doctor_explains_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
