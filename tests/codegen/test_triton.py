@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import random_weights
 from tests.models.cases import Batch, batches, case_folders, distance
+from tests.models.openvla_cases import batch_of, requests, write_checkpoint
 
 pytest.importorskip("triton")
 
@@ -211,8 +213,9 @@ def product_of(rows: int, k: int, n: int, what: str = "matmul_residual") -> list
     [
         (16, 2048, 1024, "matmul_residual", "streaming.streaming"),
         (16, 8192, 1024, "matmul_residual", "streaming.streaming"),
-        (16, 16384, 1024, "matmul_residual", "torch.addmm"),  # a program's weights: more than shared memory holds
-        (16, 3072, 1024, "matmul_residual", "torch.addmm"),  # not a power of two
+        (16, 16384, 1024, "matmul_residual", "product.product"),  # a program's weights: more than shared memory holds
+        (16, 3072, 1024, "matmul_residual", "product.product"),  # not a power of two
+        (1, 4096, 11008, "matmul_glu", "product.product"),
         (17, 2048, 1024, "matmul_residual", "warpgroup.combine"),
         (64, 2048, 1024, "matmul_residual", "warpgroup.combine"),
         (65, 2048, 1024, "matmul_residual", "torch.addmm"),
@@ -311,6 +314,19 @@ def test_kernels_are_given_dense_rows() -> None:
     assert rope.count(".contiguous()") == 2, "angles are dense from row to row"
 
 
+def test_a_token_behind_two_caches_takes_seven_launches_a_layer() -> None:
+    """And reads the weights of the prefill: none is there in a second form."""
+    text, _ = plan_text(ModelConfig.released(VLAModelType.OPENVLA), prompt=21)
+    layer = ["rms_norm", "product.product", "rope_and_cache", "token_attention", "product.product"]
+    for i in range(32):
+        found = launches(text, "transformer_decoder", f"decode.layers.{i}")
+        assert found == [*layer, "rms_norm", "product.product", "product.product"], i
+        found = launches(text, "transformer_encoder", f"prefill.layers.{i}")
+        assert found[2:4] == ["rope_and_cache", "prefill_attention.attention"]
+    keys = re.findall(r"^    'w\d+\w?': \('(.*)', '\w+'\),$", text, re.M)
+    assert len(keys) == len(set(keys))
+
+
 # ---- on a GPU ---------------------------------------------------------------------------------------
 
 BATCHES = [b for folder in case_folders() for b in batches(folder)]
@@ -327,6 +343,26 @@ def test_reference_cases(batch: Batch, dtype: str, monkeypatch: pytest.MonkeyPat
         assert distance(actions, wanted) < 1e-3
     else:
         assert torch.cosine_similarity(actions.double().flatten(), wanted.double().flatten(), 0) > 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_token_ids_are_those_of_the_published_code(
+    dtype: str, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly in float32, and in bfloat16, where these requests' likeliest tokens stand clear of the next."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    checkpoint, slots = write_checkpoint(tmp_path / "tiny"), max(r.tokens.shape[1] for r in requests())
+    size = len(requests()) if together else 1
+    compiled = cortexflow.compile(
+        checkpoint, "triton", device="cuda", dtype=dtype, batch=size, prompt=slots, progress=False
+    )
+    groups = [list(requests())] if together else [[r] for r in requests()]
+    for group in groups:
+        found = compiled(**batch_of(group, slots))
+        for i, request in enumerate(group):
+            assert torch.equal(found["token_ids"][i].cpu().flatten().long(), request.outputs["generated_ids"].flatten().long())
 
 
 def observation(compiled: cortexflow.Compiled, seed: int, length: int) -> dict[str, torch.Tensor]:

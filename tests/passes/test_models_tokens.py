@@ -10,6 +10,7 @@ from cortexflow.ir import PREPARE, Module, clone
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes import legalize, run_passes
 from cortexflow.passes.dependence import Dependence, Level
+from cortexflow.passes.pipeline import pipeline
 from cortexflow.weights import fingerprints
 from tests.models.test_openvla import TINY_CONFIG
 
@@ -21,7 +22,8 @@ CASES = [(size, dtype) for size in CONFIGS for dtype in ("f32", "bf16")]
 def compiled(size: str, dtype: str) -> tuple[Module, dict[str, int]]:
     """The module after the pipeline, and how often each fusion fired."""
     config = CONFIGS[size]
-    module, steps = run_passes(create_model(config).build(Signature.of(config), dtype), keep=False)
+    graph = create_model(config).build(Signature.of(config), dtype)
+    module, steps = run_passes(graph, passes=pipeline({"layout"}), keep=False)
     (fused,) = [s.fired for s in steps if s.name == "fuse"]
     assert not isinstance(fused, int)
     return module, {name.removeprefix("fused."): n for name, n in fused.items()}
