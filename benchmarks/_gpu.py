@@ -25,6 +25,7 @@ CASES: list[Case] = [
     (VLAModelType.PI05, Signature(views=2, prompt=48, chunk=10)),
     (VLAModelType.PI05, Signature(views=3, prompt=200, chunk=50)),
     (VLAModelType.PI0, Signature(views=2, prompt=20, chunk=50)),
+    (VLAModelType.OPENVLA, Signature(views=1, prompt=21, chunk=1)),
 ]
 WARM_UP = 3
 

@@ -362,7 +362,8 @@ def test_token_ids_are_those_of_the_published_code(
     for group in groups:
         found = compiled(**batch_of(group, slots))
         for i, request in enumerate(group):
-            assert torch.equal(found["token_ids"][i].cpu().flatten().long(), request.outputs["generated_ids"].flatten().long())
+            ids = found["token_ids"][i].cpu().flatten().long()
+            assert torch.equal(ids, request.outputs["generated_ids"].flatten().long())
 
 
 def observation(compiled: cortexflow.Compiled, seed: int, length: int) -> dict[str, torch.Tensor]:

@@ -330,7 +330,8 @@ def attention(
         q, *blocks, seen, out, parts, counters, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), out.stride(0), out.stride(1), at[0], at[1], m, n,
         SCALE=scale * math.log2(math.e), GROUPS=groups, PER=heads // groups, D=d, A=a, B=tail, ROWS=c.rows,
-        KEYS=c.keys, SPLIT=c.split, LATE=c.late, TMA=tma, MASK=3 if causal else 0 if mask is None else 2 if pairs else 1,
+        KEYS=c.keys, SPLIT=c.split, LATE=c.late, TMA=tma,
+        MASK=3 if causal else 0 if mask is None else 2 if pairs else 1,
         RAGGED=c.late or n % c.keys != 0, EXACT="ieee" if exact else "tf32",
         num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
