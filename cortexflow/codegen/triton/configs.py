@@ -45,17 +45,20 @@ def segmented(stage: Stage, op: Op) -> Any:
 def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, result: str) -> Any:
     """Of `kernels/triton/product.py` for x [m, k] @ w [k, n]; None for the library.
 
-    `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, which the library has
-    not. `result`: its dtype, wider than `dtype` where logits are wanted as they were summed, which it has not either.
+    `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, `norm` in front for a
+    norm of x, which the library has not. `result`: its dtype; it has not either what is wider than `dtype`, where
+    logits are wanted as they were summed.
     """
     from cortexflow.kernels.triton import product
 
-    alone, few = what == "pairs" or result != dtype, m <= FEW_ROWS
+    unit, norm = what.endswith("pairs"), what.startswith("norm")
+    alone, few = unit or norm or result != dtype, m <= FEW_ROWS
     off = "epilogues" in stage.program.without or (few and "streaming" in stage.program.without)
     if not alone and (off or dtype not in TENSOR_CORES or FEW_ROWS < m < 64):
         return None
-    offered: Sequence[Any] = product.candidates(m, n, k, pairs=what == "pairs", count=8 if few else 6)
-    default: Any = product.default(m, n, k, what == "pairs", _shared_bytes())
+    offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few or unit else 6)
+    offered = [c for c in offered if not norm or (c.split == 1 and not c.more)]
+    default: Any = product.default(m, n, k, unit, _shared_bytes())
     if not alone:
         offered, default = [LIBRARY, *offered], default if few else LIBRARY
     measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what, result) if stage.program.tune else None
@@ -100,7 +103,8 @@ def _measure_product(
     from cortexflow.kernels.triton import product
     from cortexflow.kernels.triton.rows import epilogue
 
-    wide = 2 * n if what == "pairs" else n
+    unit = what.endswith("pairs")
+    wide = 2 * n if unit else n
     copies = max(2, min(8, (200 << 20) // (k * wide * 2)))
     x, bias, r = (_random(*s, dtype=dtype) for s in ((m, k), (n,), (m, n)))
     out = _random(m, n, dtype=TORCH_DTYPES[result])
@@ -108,14 +112,19 @@ def _measure_product(
     ws = itertools.cycle([_random(k, wide, dtype=dtype) * k**-0.5 for _ in range(copies)])
     ends: dict[str, Any] = {"bias": bias} if "linear" in what else {}
     ends |= {"residual": r} if "residual" in what else {}
-    ends |= {"act": "gelu_tanh"} if what in ("linear_act", "pairs") else {}
+    act = what.split()[1] if what.startswith("linear_act ") else "gelu_tanh"
+    ends |= {"act": act} if "act" in what or unit else {}
+    ends |= {"eps": 1e-6} if what.startswith("norm") else {}
 
     def launch(config: Any) -> None:
         w = next(ws)
         if config != LIBRARY:
-            product.product(x, w, out, **ends, pairs=what == "pairs", scratch=scratch, config=product.Config(*config))
+            product.product(x, w, out, **ends, pairs=unit, scratch=scratch, config=product.Config(*config))
         elif what == "linear_act":
             torch._addmm_activation(bias, x, w, use_gelu=True, out=out)
+        elif "act" in ends:
+            torch.mm(x, w, out=out)
+            epilogue(out, out, bias=bias, act=act)
         elif "residual" in ends:
             torch.addmm(r, x, w, out=out)
             if "bias" in ends:

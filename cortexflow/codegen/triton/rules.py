@@ -47,6 +47,21 @@ def _some(stage: Stage, op: Op, x: int, w: int, glu: bool = False, whole: bool =
 # ---- products of few rows ----------------------------------------------------------------------------
 
 
+def _norm_product(stage: Stage, op: Op, out: str) -> list[str]:
+    """A norm, and a product that it is the prologue of."""
+    x, w = op.inputs
+    unit = op.name == "fused.norm_glu"
+    if streams(op, 0, 1, glu=unit, norm=True):
+        return _streamed(stage, op, out)
+    (k, n), what = w.type.shape, "norm pairs" if unit else "norm matmul"
+    config = multiplying(stage, x.type.dtype, row_count(x), n // (1 + unit), k, what, x.type.dtype)
+    operands = (
+        f"{_flat(stage, x)}, {stage.weight(w, 'pairs' if unit else 'plain')}, rows({out}), eps={op.attrs['eps']!r}"
+    )
+    more = f", act={op.attrs['kind']!r}, pairs=True" if unit else ""
+    return [f"product.product({operands}{more}, config=product.{config!r})"]
+
+
 def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
     given = dict(zip(ROLES[op.name], op.inputs, strict=True))
     glu, norm = op.name.endswith("glu"), "eps" in op.attrs
@@ -227,7 +242,10 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
 def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = "") -> list[str] | None:
     """A product in a kernel of ours, with its epilogue, where that is known to be the faster one."""
     k, n = w.type.shape
-    config = multiplying(stage, x.type.dtype, row_count(x), n, k, op.name.removeprefix("fused."), op.out.type.dtype)
+    what = op.name.removeprefix("fused.")
+    if op.attrs.get("kind", "gelu_tanh") != "gelu_tanh":  # the one activation that the library has
+        what += f" {op.attrs['kind']}"
+    config = multiplying(stage, x.type.dtype, row_count(x), n, k, what, op.out.type.dtype)
     if config is None:
         return None
     ends += ", scratch=self.scratch[0]" if config.split > 1 else ""
@@ -351,6 +369,8 @@ def _gather(stage: Stage, op: Op, out: str) -> list[str]:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(STREAMED, _streamed),
+    "fused.norm_matmul": _norm_product,
+    "fused.norm_glu": _norm_product,
     "fused.rotated_attention_segments": _segments,
     "fused.attention_segments": _token,
     "fused.modulated_norm": _modulated_norm,

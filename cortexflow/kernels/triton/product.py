@@ -116,13 +116,13 @@ def _finish(
 
 @triton.jit
 def product_kernel(
-    x, x_more, w, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row,
+    x, x_more, w, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row, eps,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
     EXACT: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS + MORE rows and COLUMNS columns: whole, or one part of K in float32."""
+    """A tile of ROWS + MORE rows and COLUMNS columns: whole, or one part of K in float32. NORM: of whole rows of x."""
     let_next_start()
     wait_for_previous()
     down, across = tl.cdiv(M, ROWS + MORE), tl.cdiv(N, COLUMNS)
@@ -140,14 +140,24 @@ def product_kernel(
     acc = _zeros(ROWS, WIDE, SWAP)
     if MORE:
         acc_more = _zeros(MORE, WIDE, SWAP)
+    squares = tl.zeros((ROWS,), tl.float32)
     for k in tl.range(part * extent, min((part + 1) * extent, K), DEPTH):
         b = _block(w, k, column * (WIDE // COLUMNS), K, width, w_row, DEPTH, WIDE, W_ALIGN)
         a = _block(x, row, k, M, K, x_row, ROWS, DEPTH, X_ALIGN)
         acc = _add(a, b, acc, SWAP, EXACT)
+        if NORM:
+            f = a.to(tl.float32)
+            squares += tl.sum(f * f, axis=1)
         if MORE:
             a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
             acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
 
+    if NORM:  # norm(x) @ w = (x @ w) / the root of x's mean square
+        r = tl.rsqrt(squares / K + eps)
+        if SWAP:
+            acc *= r[None, :]
+        else:
+            acc *= r[:, None]
     _store(acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
            ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
     if MORE:
@@ -225,13 +235,15 @@ def product(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     pairs: bool = False,
+    eps: float | None = None,
     scratch: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
     """out [m, n] = residual + gate · act(x [m, k] @ w [k, n] + bias); bias and gate [n].
 
     With `pairs`, w is [k, 2 n], a gate column beside its up column, bias [2 n] likewise, and the activation becomes
-    act(gate) · up. Rows of x, out and residual may be strided; w is row-major. `out` may be the residual itself.
+    act(gate) · up. `eps` asks for the RMS norm of x's rows before. Rows of x, out and residual may be strided; w is
+    row-major. `out` may be the residual itself.
     `scratch`: float32, split · m · n entries, where `config` splits k. Raises ValueError where rows of x or w are
     not dense, where `pairs` are to be split, and where scratch is too small.
     """
@@ -240,8 +252,10 @@ def product(
     c = config or default(m, n, k, pairs, _shared_bytes(x.device), x.element_size())
     if x.stride(1) != 1 or w.stride(1) != 1:
         raise ValueError("rows of x and w must be dense")
-    if pairs and c.split > 1:
-        raise ValueError("a product with a gated unit is not split")
+    if c.split > 1 and (pairs or eps is not None):
+        raise ValueError("a product with a gated unit or with a norm is not split")
+    if c.more and eps is not None:
+        raise ValueError("a product with a norm has tiles of one piece")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
     x_align, w_align = _alignment(x), _alignment(w)
@@ -257,10 +271,10 @@ def product(
     parts = some if c.split == 1 else scratch
     units = triton.cdiv(m, c.rows + c.more) * triton.cdiv(n, c.columns) * c.split
     product_kernel[(units,)](
-        *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
+        *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides, eps or 0.0,
         ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8,
         SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="ieee" if x.dtype == torch.float32 else "tf32", GLU=pairs,
-        **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
+        NORM=eps is not None, **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
     if c.split > 1:
         block = min(512, triton.next_power_of_2(n))
@@ -305,6 +319,8 @@ PAIRS = (
     Config(128, 64, 64, depth=32, warps=4, stages=5),
     Config(128, 0, 128),
     Config(128, 0, 64, warps=4, stages=3),
+    Config(256, 32, 32, warps=4, stages=2, swap=True),
+    Config(128, 16, 64, warps=4, stages=3, swap=True),
     Config(64, 0, 128, depth=32, warps=4, stages=5),
 )
 FEW = (  # for at most FEW_ROWS rows
