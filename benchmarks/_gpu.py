@@ -25,6 +25,7 @@ CASES: list[Case] = [
     (VLAModelType.PI05, Signature(views=2, prompt=48, chunk=10)),
     (VLAModelType.PI05, Signature(views=3, prompt=200, chunk=50)),
     (VLAModelType.PI0, Signature(views=2, prompt=20, chunk=50)),
+    (VLAModelType.OPENVLA, Signature(views=1, prompt=21, chunk=1, steps=1)),
 ]
 WARM_UP = 3
 
@@ -33,7 +34,8 @@ def case_of(text: str) -> Case:
     """A case as it is written on the command line: `family:views:chunk:prompt`, such as `pi05:2:10:48`."""
     family, *numbers = text.split(":")
     views, chunk, prompt = map(int, numbers)
-    return VLAModelType(family), Signature(views=views, prompt=prompt, chunk=chunk)
+    kind = VLAModelType(family)
+    return kind, Signature.of(ModelConfig.released(kind), views=views, prompt=prompt, chunk=chunk)
 
 
 def label(case: Case) -> str:

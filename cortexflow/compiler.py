@@ -229,7 +229,7 @@ def lower(
     target = find_target(target) if isinstance(target, str) else target
     off = _switched_off(without, target)
     if passes is None:
-        passes = pipeline(target.layouts if target else ())
+        passes = pipeline(target.wants if target else ())
     runs = (lambda op: target.runs(op, off)) if target else None
     lowered, steps = run_passes(module, runs, switched(passes, off))
     verify(lowered)

@@ -53,7 +53,7 @@ class Target:
     claims: frozenset[str]
     build: Callable[..., Executable]
     accepts: Callable[[Op, frozenset[str]], bool] = lambda op, without: True
-    layouts: frozenset[str] = frozenset()  # rewrites of `passes/layout.py` that suit it: `patches`
+    wants: frozenset[str] = frozenset()  # passes that run for a target that asks for them: `pipeline.ON_REQUEST`
     switches: Mapping[str, str] = field(default_factory=dict)  # optimisations that can be off, a line on each
     needs: frozenset[str] = frozenset()  # passes that it cannot do without: they cannot be off
     options: frozenset[str] = frozenset()  # of `forms`, `tune`, `progress`, those that `build` takes
@@ -67,12 +67,14 @@ class Target:
 # What an input or a result holds, where its name is one that policies use.
 MEANINGS = {
     "images": "RGB in [-1, 1]: [batch, views, height, width, channels]",
+    "pixel_values": "RGB, normalised for each image tower: [batch, channels, height, width]",
     "image_mask": "true: this camera is there",
     "tokens": "token ids of the prompt, padded at the end",
     "token_mask": "true: this token counts",
     "state": "normalised state, padded with zeros",
     "noise": "normal noise that the flow starts from",
     "actions": "normalised actions",
+    "token_ids": "tokens that the policy emitted",
 }
 
 

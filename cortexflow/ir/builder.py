@@ -85,6 +85,11 @@ def building(block: Block) -> Iterator[Block]:
         _block.reset(token)
 
 
+def adopt(op: Op) -> None:
+    """Put an op that is there already into the block under construction."""
+    _block.get().ops.append(op)
+
+
 @contextmanager
 def scope(name: str) -> Iterator[None]:
     """Note that the ops emitted inside belong to this part of the model (`layers.3`, then `attn`)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from cortexflow.ir.builder import building, emit, noted
+from cortexflow.ir.builder import adopt, building, emit, noted
 from cortexflow.ir.core import PREPARE, Block, Func, Module, Op, Type, Value, clone_op
 from cortexflow.ir.ops import broadcast_to, cache_update, const, gather, loop, reshape, weight
 from cortexflow.passes.dce import sweep
@@ -120,11 +120,9 @@ class _Prepare:
 
     def fill(self, wanted: list[Value], step: Value, i: Value, tables: list[Value]) -> list[Value]:
         """The body of the loop in `prepare`: compute each value at step i, write it into its table."""
-        from cortexflow.ir.builder import _block
-
         env = {**self.env, step: i}
         for op in _closure(wanted, env):
-            _block.get().ops.append(clone_op(op, env))
+            adopt(clone_op(op, env))
         rows = [reshape(env[v], shape=(1, *v.type.shape)) for v in wanted]
         return [cache_update(t, r, i, axis=0) for t, r in zip(tables, rows, strict=True)]
 

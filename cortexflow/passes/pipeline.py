@@ -30,6 +30,7 @@ from cortexflow.passes.hoist import hoist
 from cortexflow.passes.layout import layout
 from cortexflow.passes.legalize import legalize
 from cortexflow.passes.merge import merge
+from cortexflow.passes.run_on import run_on
 
 Fired = int | Counter[str]
 Pass = Callable[[Module], Fired]
@@ -47,6 +48,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("hoist", hoist),
     ("dce", dce),
     ("canonicalize", canonicalize),
+    ("run_on", run_on),
     ("fuse", fuse),
     ("cse", cse),
     ("dce", dce),
@@ -64,9 +66,12 @@ SWITCHES: Mapping[str, str] = {  # what may be left out, and the module still co
 }
 
 
-def pipeline(layouts: Collection[str] = ()) -> tuple[tuple[str, Pass], ...]:
-    """The passes for a target that wants these layouts (`patches`); without any, its library knows better."""
-    return tuple(p for p in PIPELINE if p[0] != "layout" or "patches" in layouts)
+ON_REQUEST = frozenset({"layout", "run_on"})  # for the targets that want them; others know better
+
+
+def pipeline(wants: Collection[str] = ()) -> tuple[tuple[str, Pass], ...]:
+    """The passes for a target that wants these of `ON_REQUEST`."""
+    return tuple(p for p in PIPELINE if p[0] not in ON_REQUEST or p[0] in wants)
 
 
 def switched(passes: Sequence[tuple[str, Pass]], without: Collection[str]) -> tuple[tuple[str, Pass], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import random_weights
 from tests.models.cases import Batch, batches, case_folders, distance
+from tests.models.openvla_cases import batch_of, requests, write_checkpoint
 
 pytest.importorskip("triton")
 
@@ -239,8 +241,9 @@ def product_of(rows: int, k: int, n: int, what: str = "matmul_residual") -> list
     [
         (16, 2048, 1024, "matmul_residual", "streaming.streaming"),
         (16, 8192, 1024, "matmul_residual", "streaming.streaming"),
-        (16, 16384, 1024, "matmul_residual", "torch.addmm"),  # a program's weights: more than shared memory holds
-        (16, 3072, 1024, "matmul_residual", "torch.addmm"),  # not a power of two
+        (16, 16384, 1024, "matmul_residual", "product.product"),  # a program's weights: more than shared memory holds
+        (16, 3072, 1024, "matmul_residual", "product.product"),  # not a power of two
+        (1, 4096, 11008, "matmul_glu", "product.product"),
         (17, 2048, 1024, "matmul_residual", "warpgroup.combine"),
         (64, 2048, 1024, "matmul_residual", "warpgroup.combine"),
         (65, 2048, 1024, "matmul_residual", "torch.addmm"),
@@ -296,13 +299,17 @@ def test_a_norm_sees_whole_rows_and_tiles_fit_the_card() -> None:
     assert skinny_config(1024, 4096, glu=True, norm=True) is None
 
 
-def test_early_stop_is_refused() -> None:
+@pytest.mark.parametrize("settled", [False, True])
+def test_early_stop_is_refused_unless_running_on_changes_nothing(settled: bool) -> None:
     with function("f", x=Type("f32", (4,))) as (f, [x]):
-        (y,) = ops.loop([x], 3, lambda i, c: [ops.scalar(True, "bool"), c], early_stop=True)
+        (y,) = ops.loop([x], 3, lambda i, c: [ops.scalar(True, "bool"), c], early_stop=True, settled=settled)
         returns(y=y)
-    module = Module({"f": f})
-    with pytest.raises(TargetError, match="cannot stop a loop early"):
-        Program(module, plan_buffers(module)).text()
+    program = Program(Module({"f": f}), plan_buffers(Module({"f": f})))
+    if settled:
+        assert "for step in range(3):" in program.text()
+    else:
+        with pytest.raises(TargetError, match="cannot stop a loop early"):
+            program.text()
 
 
 def strided() -> Module:
@@ -335,6 +342,19 @@ def test_kernels_are_given_dense_rows() -> None:
     assert rope.count(".contiguous()") == 2, "angles are dense from row to row"
 
 
+def test_a_token_behind_two_caches_takes_six_launches_a_layer() -> None:
+    """And reads the weights of the prefill: none is there in a second form."""
+    text, _ = plan_text(ModelConfig.released(VLAModelType.OPENVLA), prompt=21)
+    layer = ["product.product", "rope_and_cache", "token_attention", *["product.product"] * 3]
+    for i in range(32):
+        found = launches(text, "transformer_decoder", f"decode.layers.{i}")
+        assert found == layer, i
+        found = launches(text, "transformer_encoder", f"prefill.layers.{i}")
+        assert found[2:4] == ["rope_and_cache", "prefill_attention.attention"]
+    keys = re.findall(r"^    'w\d+\w?': \('(.*)', '\w+'\),$", text, re.M)
+    assert len(keys) == len(set(keys))
+
+
 # ---- on a GPU ---------------------------------------------------------------------------------------
 
 BATCHES = [b for folder in case_folders() for b in batches(folder)]
@@ -351,6 +371,27 @@ def test_reference_cases(batch: Batch, dtype: str, monkeypatch: pytest.MonkeyPat
         assert distance(actions, wanted) < 1e-3
     else:
         assert torch.cosine_similarity(actions.double().flatten(), wanted.double().flatten(), 0) > 0.999
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+def test_token_ids_are_those_of_the_published_code(
+    dtype: str, together: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly in float32, and in bfloat16, where these requests' likeliest tokens stand clear of the next."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    checkpoint, slots = write_checkpoint(tmp_path / "tiny"), max(r.tokens.shape[1] for r in requests())
+    size = len(requests()) if together else 1
+    compiled = cortexflow.compile(
+        checkpoint, "triton", device="cuda", dtype=dtype, batch=size, prompt=slots, progress=False
+    )
+    groups = [list(requests())] if together else [[r] for r in requests()]
+    for group in groups:
+        found = compiled(**batch_of(group, slots))
+        for i, request in enumerate(group):
+            ids = found["token_ids"][i].cpu().flatten().long()
+            assert torch.equal(ids, request.outputs["generated_ids"].flatten().long())
 
 
 def observation(compiled: cortexflow.Compiled, seed: int, length: int) -> dict[str, torch.Tensor]:

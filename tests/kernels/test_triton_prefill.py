@@ -182,8 +182,8 @@ def attention(
     b: int, m: int, n: int, heads: int, groups: int, d: int, mask: str = "none", peak: float = 1.0,
     config: tuple[Any, ...] | None = None,
 ) -> Case:  # fmt: skip
-    """`mask`: none, keys [b, 1, n], pairs [1, m, n], all [b, m, n], last (only the last key), blind (some see none), or
-    blind keys (the first sample's queries see none).
+    """`mask`: none, keys [b, 1, n], pairs [1, m, n], all [b, m, n], last (only the last key), blind (some see none),
+    blind keys (the first sample's queries see none), or causal.
 
     `peak` multiplies the queries, so that the softmax is sharp and its running maximum moves.
     """
@@ -203,9 +203,10 @@ def attention(
         if given is not None and mask.startswith("blind"):
             given[0, ::2] = False
         out = draw.poisoned(b, m, heads * d).unflatten(-1, (heads, d))
-        prefill_attention.attention(q, k, v, out, d**-0.5, given, config, scratch(draw))
+        causal = mask == "causal"
+        prefill_attention.attention(q, k, v, out, d**-0.5, given, config, scratch(draw), causal)
         extra = [] if given is None else [given]
-        return out, meaning("attention", q, k, v, *extra, scale=d**-0.5, causal=False)
+        return out, meaning("attention", q, k, v, *extra, scale=d**-0.5, causal=causal)
 
     return case
 
@@ -271,6 +272,10 @@ SMALL: dict[str, Case] = {
     "attention split": attention(2, 5, 37, 4, 2, 24, "blind", config=(*TINY, 2)),
     "attention split in more parts than blocks": attention(2, 5, 21, 4, 2, 72, "keys", config=(*TINY, 3)),
     "attention late and split": attention(1, 7, 70, 4, 1, 40, "last", peak=40, config=(*TINY, 3, True)),
+    "attention causal": attention(2, 37, 37, 4, 2, 24, "causal", config=TINY),
+    "attention causal behind a cache": attention(1, 5, 50, 6, 3, 40, "causal", config=TINY),
+    "attention causal, late": attention(1, 33, 64, 2, 2, 16, "causal", peak=40, config=(*TINY, 1, True)),
+    "attention causal, described": attention(2, 21, 53, 4, 1, 24, "causal", config=(*TINY, 1, False, True)),
     "attention described": attention(2, 5, 37, 4, 2, 72, "all", config=(*TINY, 1, False, True)),
     "attention described, late and split": attention(2, 9, 50, 6, 2, 40, "keys", config=(*TINY, 2, True, True)),
 }
@@ -313,6 +318,9 @@ LARGE: dict[str, Case] = {
     "attention sharp": attention(2, 129, 257, 8, 2, 128, "all", peak=8),
     "attention of one token": attention(1, 1, 1, 2, 2, 8),
     "attention late": attention(2, 70, 131, 4, 1, 40, "blind", config=(64, 32, 4, 2, 1, True)),
+    "attention causal": attention(1, 277, 277, 32, 32, 128, "causal"),
+    "attention causal behind a cache": attention(2, 70, 301, 8, 2, 128, "causal"),
+    "attention causal d 256": attention(1, 133, 133, 8, 1, 256, "causal"),
     "attention split": attention(1, 561, 561, 8, 1, 128, "keys", config=(64, 32, 4, 2, 3)),
     "attention late and split": attention(2, 129, 257, 8, 2, 64, "keys", peak=8, config=(64, 32, 4, 2, 3, True)),
 }
@@ -414,6 +422,7 @@ LAUNCHES: dict[str, tuple[str, str, torch.dtype, Case]] = {  # odd extents: noth
     "epilogue": ("rows", "epilogue_kernel", BF16, epilogue(16, 4304, "gelu_tanh", True, True, False)),
     "attention d 72": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 72)),
     "attention d 72 masked": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 72, "pairs")),
+    "attention causal": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 16, 16, 128, "causal")),
     "attention d 256": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 8, 1, 256)),
     "attention d 256 keys": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 8, 1, 256, "keys")),
     "attention d 256 masked": ("prefill_attention", "attention_kernel", BF16, attention(1, 65, 65, 8, 1, 256, "pairs")),

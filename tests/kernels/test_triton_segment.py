@@ -253,7 +253,7 @@ def test_two_kernels_fit_every_card(
 ) -> None:
     """The first choice of the two kernels: no spills, and shared memory that the card has."""
     monkeypatch.setattr(module, "_has_warpgroups", lambda: arch == 90)
-    monkeypatch.setattr(module, "_shared_memory", lambda: SHARED[arch])
+    monkeypatch.setattr(module, "shared_memory", lambda: SHARED[arch])
     config = next(c for c in module.candidates(b, m, 8, d, n) if isinstance(c, module.Config))
     for launch in record(Case(m, n, 8, d, b=b), config, arch, monkeypatch, module, "weights_kernel", "values_kernel"):
         built = launch.compile()

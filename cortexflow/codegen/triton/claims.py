@@ -86,9 +86,14 @@ def _like_result(op: Op, residual: int) -> bool:
     return op.inputs[residual].type.shape == op.out.type.shape
 
 
+def _normed(op: Op) -> bool:
+    """Whether a norm suits the prologue of a product of few rows over a large matrix, which loops over k."""
+    return _matrix(op, 0, 1) and row_count(op.inputs[0]) <= FEW_ROWS and op.inputs[1].type.shape[0] >= 512
+
+
 STREAMED: Mapping[str, Callable[[Op], bool]] = {
-    "fused.norm_matmul": lambda o: streams(o, 0, 1, norm=True),
-    "fused.norm_glu": lambda o: streams(o, 0, 1, glu=True, norm=True),
+    "fused.norm_matmul": lambda o: streams(o, 0, 1, norm=True) or _normed(o),
+    "fused.norm_glu": lambda o: streams(o, 0, 1, glu=True, norm=True) or (_normed(o) and o.attrs["width"] % 64 == 0),
     "fused.modulated_norm_matmul": lambda o: streams(o, 0, 3, norm=True, modulated=True) and _modulated(o),
     "fused.modulated_norm_glu": lambda o: streams(o, 0, 3, glu=True, norm=True, modulated=True) and _modulated(o),
 }
@@ -118,6 +123,14 @@ def _segments(op: Op) -> bool:
     return fits and plain and has_table(op.inputs[0], op.inputs[5])
 
 
+def _token(op: Op) -> bool:
+    """Whether attention of one token to two caches suits its kernel."""
+    q, k0, v0, mask = (op.inputs[i].type for i in (0, 1, 2, 5))
+    _, m, heads, d = q.shape
+    fits = m == 1 and heads <= 16 * k0.shape[2] and k0.shape == v0.shape and d in (64, 128, 256)
+    return fits and q.dtype in TENSOR_CORES and not op.attrs["causal"] and mask.shape[1] == 1
+
+
 def _plain_bias(op: Op) -> bool:
     w, b = op.inputs[1], op.inputs[2]
     return len(w.type.shape) == 2 and _row_vector(b, w.type.shape[1])
@@ -136,6 +149,7 @@ def _gated_unit(op: Op) -> bool:
 CLAIMS: Mapping[str, Callable[[Op], bool]] = {
     **STREAMED,
     "fused.rotated_attention_segments": _segments,
+    "fused.attention_segments": _token,
     "fused.modulated_norm": lambda o: _modulated(o) and o.inputs[0].type.shape[-1] <= 8192,
     "fused.matmul_glu": _gated_unit,
     "fused.glu": lambda o: True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cortexflow.codegen.triton.claims import SCRATCH, SHARED_BYTES
+from cortexflow.codegen.triton.claims import FEW_ROWS, SCRATCH, SHARED_BYTES, TENSOR_CORES
 from cortexflow.codegen.triton.tuning import choose, timed
 from cortexflow.ir.core import Op
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -42,24 +42,28 @@ def segmented(stage: Stage, op: Op) -> Any:
     return default(b, m, heads, d, op.inputs[1].type.shape[1], room=SCRATCH)
 
 
-def multiplying(stage: Stage, op: Op, m: int, n: int, k: int, what: str) -> Any:
+def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, result: str) -> Any:
     """Of `kernels/triton/product.py` for x [m, k] @ w [k, n]; None for the library.
 
-    `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, which the library has
-    not.
+    `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, `norm` in front for a
+    norm of x, which the library has not. `result`: its dtype; it has not either what is wider than `dtype`, where
+    logits are wanted as they were summed.
     """
     from cortexflow.kernels.triton import product
 
-    unit, dtype = what == "pairs", op.out.type.dtype
-    if not unit and ("epilogues" in stage.program.without or dtype not in ("bf16", "f16") or m < 64):
+    unit, norm = what.endswith("pairs"), what.startswith("norm")
+    alone, few = unit or norm or result != dtype, m <= FEW_ROWS
+    off = "epilogues" in stage.program.without or (few and "streaming" in stage.program.without)
+    if not alone and (off or dtype not in TENSOR_CORES or FEW_ROWS < m < 64):
         return None
-    offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=6)
-    if unit:
-        default: Any = product.default(m, n, k, True, _shared_bytes())
-    else:
-        default, offered = LIBRARY, [LIBRARY, *offered]
-    measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what) if stage.program.tune else None
-    found = choose("product", (dtype, m, n, k, what), offered, default, measure)
+    offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few or unit else 6)
+    offered = [c for c in offered if not norm or (c.split == 1 and not c.more)]
+    default: Any = product.default(m, n, k, unit, _shared_bytes())
+    if not alone:
+        offered, default = [LIBRARY, *offered], default if few else LIBRARY
+    measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what, result) if stage.program.tune else None
+    key = (dtype, m, n, k, what) if result == dtype else (dtype, m, n, k, what, result)
+    found = choose("product", key, offered, default, measure)
     return product.Config(*found) if found else None
 
 
@@ -70,7 +74,7 @@ def attending(stage: Stage, op: Op) -> Any:
     if not torch.cuda.is_available():
         return None
     (b, m, heads, d), (_, n, groups, _) = op.inputs[0].type.shape, op.inputs[1].type.shape
-    pairs, dtype = len(op.inputs) > 3 and op.inputs[3].type.shape[1] > 1, op.out.type.dtype
+    pairs, dtype = op.attrs["causal"] or (len(op.inputs) > 3 and op.inputs[3].type.shape[1] > 1), op.out.type.dtype
     on = kernel.card()
     default = kernel.default(d, dtype == "f32", pairs, on)
     if dtype not in ("bf16", "f16") or pairs:
@@ -93,27 +97,34 @@ def _random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _measure_product(
-    offered: Sequence[Any], dtype: torch.dtype, m: int, n: int, k: int, what: str
+    offered: Sequence[Any], dtype: torch.dtype, m: int, n: int, k: int, what: str, result: str
 ) -> Callable[[Any], float]:
     """Microseconds of a product with its epilogue, over weights that the cache does not hold from call to call."""
     from cortexflow.kernels.triton import product
     from cortexflow.kernels.triton.rows import epilogue
 
-    wide = 2 * n if what == "pairs" else n
+    unit = what.endswith("pairs")
+    wide = 2 * n if unit else n
     copies = max(2, min(8, (200 << 20) // (k * wide * 2)))
-    x, out, bias, r = (_random(*s, dtype=dtype) for s in ((m, k), (m, n), (n,), (m, n)))
+    x, bias, r = (_random(*s, dtype=dtype) for s in ((m, k), (n,), (m, n)))
+    out = _random(m, n, dtype=TORCH_DTYPES[result])
     scratch = torch.empty(1 << 23, device="cuda")
     ws = itertools.cycle([_random(k, wide, dtype=dtype) * k**-0.5 for _ in range(copies)])
     ends: dict[str, Any] = {"bias": bias} if "linear" in what else {}
     ends |= {"residual": r} if "residual" in what else {}
-    ends |= {"act": "gelu_tanh"} if what in ("linear_act", "pairs") else {}
+    act = what.split()[1] if what.startswith("linear_act ") else "gelu_tanh"
+    ends |= {"act": act} if "act" in what or unit else {}
+    ends |= {"eps": 1e-6} if what.startswith("norm") else {}
 
     def launch(config: Any) -> None:
         w = next(ws)
         if config != LIBRARY:
-            product.product(x, w, out, **ends, pairs=what == "pairs", scratch=scratch, config=product.Config(*config))
+            product.product(x, w, out, **ends, pairs=unit, scratch=scratch, config=product.Config(*config))
         elif what == "linear_act":
             torch._addmm_activation(bias, x, w, use_gelu=True, out=out)
+        elif "act" in ends:
+            torch.mm(x, w, out=out)
+            epilogue(out, out, bias=bias, act=act)
         elif "residual" in ends:
             torch.addmm(r, x, w, out=out)
             if "bias" in ends:

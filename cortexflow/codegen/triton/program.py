@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from cortexflow.codegen.torch import RULES as TORCH_RULES
 from cortexflow.codegen.triton.claims import has_table
@@ -34,6 +35,7 @@ from cortexflow.kernels.triton.rows import summed_norm
 from cortexflow.kernels.triton.segment_attention import Config, Split, segment_attention
 from cortexflow.kernels.triton.skinny import skinny
 from cortexflow.kernels.triton.thin import thin
+from cortexflow.kernels.triton.token_attention import token_attention
 
 
 def rows(x: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ class Stage:
         self.lines: list[str] = []
         self.done: set[Op] = set()  # launched together with an op before
         self.rotated = {} if "joined" in program.without else joined_rotations(func.block, program.plan)
-        self.done |= {v.op for _, k, v in self.rotated.values() for v in (k, v) if v.op is not None}
+        self.done |= {op for joined in self.rotated.values() for op in joined.ops}
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
 
     def text(self) -> str:
@@ -108,6 +110,11 @@ class Stage:
         """A weight in one of `placement.FORMS`."""
         assert w.op is not None
         return f"self.{self.program.weight(w.op.attrs['key'], form)}"
+
+    def slot(self, op: Op) -> str:
+        """The place in a cache that the current step's `cache_update` writes."""
+        axis, extent = op.attrs["axis"], op.inputs[1].type.shape[op.attrs["axis"]]
+        return f"{self.name(op.out)}.narrow({axis}, {self.direct[op.inputs[2]]}, {extent})"
 
     def settled(self, *values: Value | None) -> list[str]:
         """What must be launched before a kernel that reads these values before it waits; nothing for what is there.
@@ -176,16 +183,17 @@ class Stage:
     def loop(self, op: Op, indent: str) -> None:
         """A counted loop; carried values stay in their buffers."""
         assert op.body is not None
-        if op.attrs["early_stop"]:
+        if op.attrs["early_stop"] and not op.attrs["settled"]:
             raise TargetError("target 'triton' captures one CUDA graph and cannot stop a loop early")
         step = op.body.args[0]
         self.copies(op, False, indent)
         self.program.steps.add(step)
         self.direct[step] = "step"
         self.lines.append(f"{indent}for step in range({op.attrs['trips']}):  # {op.note}".rstrip(" #"))
-        others = [o for o in op.body.walk() if step in o.inputs and not (o.name == "gather" and o.inputs[1] is step)]
+        places = {"gather": 1, "cache_update": 2}  # where an op may have the step: a row of a table, a slot of a cache
+        others = [o for o in op.body.walk() if step in o.inputs and o.inputs.index(step) != places.get(o.name)]
         if others:
-            raise TargetError(f"target 'triton': op {others[0].name!r} reads a loop's step other than as a table's row")
+            raise TargetError(f"target 'triton': op {others[0].name!r} reads a loop's step other than as a place")
         self.block(op.body, indent + "    ")
         self.copies(op, True, indent + "    ")
 
@@ -250,26 +258,48 @@ class Program:
         return _HEAD.format(title=title) + tables + _CLASS + methods + "\n"
 
 
-def joined_rotations(block: Block, plan: Plan) -> dict[Op, tuple[Value, Value, Value]]:
-    """Rotations of queries that a kernel can do with their keys' rotation and their values' move to the cache.
+class Joined(NamedTuple):
+    """A rotation of queries, their keys' rotation and the move of both to a cache, as one launch."""
 
-    By the queries' rotation: the product whose columns they are, the rotated keys, the moved values. Nothing else is
-    launched between the three.
+    source: Value  # whose columns are queries, keys and values
+    moves: tuple[Op, Op]  # what writes the keys, and the values
+    ops: tuple[Op, ...]  # done with it
+    shape: tuple[int, ...]  # of the keys
+
+
+def joined_rotations(block: Block, plan: Plan) -> dict[Op, Joined]:
+    """By the queries' rotation. Nothing else is launched between the ops.
+
+    Keys and values go to places of their own (a slice moves the values, before the rotations), or into a loop's
+    caches (`cache_update`, behind them), where these need not be copied first.
     """
-    found: dict[Op, tuple[Value, Value, Value]] = {}
+    found: dict[Op, Joined] = {}
+    for op in block.ops:
+        if op.body:
+            found |= joined_rotations(op.body, plan)
     launched = [op for op in block.ops if op.name not in _SILENT and not plan.layouts.keys() & set(op.outputs)]
-    for move, queries, keys in zip(launched, launched[1:], launched[2:], strict=False):
-        if (move.name, queries.name, keys.name) != ("slice", "rope", "rope") or not has_table(*queries.inputs[:2]):
+    copied = {copy.op for copy in plan.copies}
+    for i, queries in enumerate(launched[:-1]):
+        keys, behind = launched[i + 1], launched[i + 2 : i + 4]
+        if (queries.name, keys.name) != ("rope", "rope") or not has_table(*queries.inputs[:2]):
             continue
         if queries.inputs[1:] != keys.inputs[1:]:
             continue
-        parts = [_columns(queries.inputs[0]), _columns(keys.inputs[0]), _columns(move.out)]
+        into = [op for op in behind if op.name == "cache_update" and op.attrs["axis"] == 1 and op not in copied]
+        before = launched[i - 1] if i else queries
+        if len(into) == 2 and into[0].inputs[1] is keys.out and into[0].inputs[2] is into[1].inputs[2]:
+            moves, moved, ops = (into[0], into[1]), into[1].inputs[1], (keys, *into)
+        elif before.name == "slice":
+            moves, moved, ops = (keys, before), before.out, (keys, before)
+        else:
+            continue
+        parts = [_columns(queries.inputs[0]), _columns(keys.inputs[0]), _columns(moved)]
         if None in parts:
             continue
         (base, q, heads), (other, k, groups), (last, v, width) = parts  # type: ignore[misc]
         whole = (q, k, v) == (0, heads, heads + groups) and base.type.shape[-1] == heads + groups + width
         if base is other is last and whole and groups == width and len(base.type.shape) == 3:
-            found[queries] = (base, keys.out, move.out)
+            found[queries] = Joined(base, moves, ops, keys.out.type.shape)
     return found
 
 

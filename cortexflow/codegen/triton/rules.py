@@ -56,6 +56,21 @@ def _some(stage: Stage, op: Op, x: int, w: int, glu: bool = False, whole: bool =
 # ---- products of few rows ----------------------------------------------------------------------------
 
 
+def _norm_product(stage: Stage, op: Op, out: str) -> list[str]:
+    """A norm, and a product that it is the prologue of."""
+    x, w = op.inputs
+    unit = op.name == "fused.norm_glu"
+    if streams(op, 0, 1, glu=unit, norm=True):
+        return _streamed(stage, op, out)
+    (k, n), what = w.type.shape, "norm pairs" if unit else "norm matmul"
+    config = multiplying(stage, x.type.dtype, row_count(x), n // (1 + unit), k, what, x.type.dtype)
+    operands = (
+        f"{_flat(stage, x)}, {stage.weight(w, 'pairs' if unit else 'plain')}, rows({out}), eps={op.attrs['eps']!r}"
+    )
+    more = f", act={op.attrs['kind']!r}, pairs=True" if unit else ""
+    return [f"product.product({operands}{more}, config=product.{config!r})"]
+
+
 def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
     given = dict(zip(ROLES[op.name], op.inputs, strict=True))
     glu, norm = op.name.endswith("glu"), "eps" in op.attrs
@@ -117,13 +132,26 @@ def _segments(stage: Stage, op: Op, out: str) -> list[str]:
     return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r})"]
 
 
+def _token(stage: Stage, op: Op, out: str) -> list[str]:
+    """Attention of one token to a prefix that stands, and to what was generated since."""
+    q, k0, v0, k1, v1 = (stage.read(v, 2) for v in op.inputs[:5])
+    early = stage.settled(op.inputs[1], op.inputs[2])
+    return [
+        *early,
+        f"token_attention({q}, {k0}, {v0}, {k1}, {v1}, {stage.read(op.inputs[5])}, {out}, {op.attrs['scale']!r})",
+    ]
+
+
 # ---- products of many rows ---------------------------------------------------------------------------
 
 
 def _product(stage: Stage, op: Op, out: str) -> list[str]:
     x, w = op.inputs
-    if len(w.type.shape) != 2 or op.out.type.dtype != x.type.dtype:
+    wider = (x.type.dtype, op.out.type.dtype) in (("bf16", "f32"), ("f16", "f32"))
+    if len(w.type.shape) != 2 or not (wider or op.out.type.dtype == x.type.dtype):
         return stage.copied(op, out)
+    if wider:
+        return _multiplied(stage, op, out, x, w) or stage.copied(op, out)
     if small := _thin(stage, op, out, x, w):
         return small
     if _some(stage, op, 0, 1):
@@ -213,7 +241,7 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
     if _some(stage, op, 0, 1, glu=True):
         return _warped(stage, op, out, x, w, glu=True)
     k, n = w.type.shape
-    config = multiplying(stage, op, row_count(x), n // 2, k, "pairs")
+    config = multiplying(stage, x.type.dtype, row_count(x), n // 2, k, "pairs", x.type.dtype)
     operands = f"{_flat(stage, x)}, {stage.weight(w, 'pairs')}, rows({out})"
     return [f"product.product({operands}, act={op.attrs['kind']!r}, pairs=True, config=product.{config!r})"]
 
@@ -221,7 +249,10 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
 def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = "") -> list[str] | None:
     """A product in a kernel of ours, with its epilogue, where that is known to be the faster one."""
     k, n = w.type.shape
-    config = multiplying(stage, op, row_count(x), n, k, op.name.removeprefix("fused."))
+    what = op.name.removeprefix("fused.")
+    if op.attrs.get("kind", "gelu_tanh") != "gelu_tanh":  # the one activation that the library has
+        what += f" {op.attrs['kind']}"
+    config = multiplying(stage, x.type.dtype, row_count(x), n, k, what, op.out.type.dtype)
     if config is None:
         return None
     ends += ", scratch=self.scratch[0]" if config.split > 1 else ""
@@ -232,9 +263,10 @@ def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = 
 def _attention(stage: Stage, op: Op, out: str) -> list[str]:
     extra = op.inputs[3:]
     other = op.inputs[2].type.shape[-1] != op.inputs[0].type.shape[-1]  # values wider or narrower than keys
-    if op.attrs["causal"] or other or any(e.type.dtype != "bool" for e in extra):
+    causal = op.attrs["causal"]
+    if (causal and extra) or other or any(e.type.dtype != "bool" for e in extra):
         return stage.copied(op, out)
-    mask = f", mask={stage.read(extra[0])}" if extra else ""
+    mask = ", causal=True" if causal else f", mask={stage.read(extra[0])}" if extra else ""
     q, k, v = (stage.read(x, 2) for x in op.inputs[:3])
     config = attending(stage, op)
     tile = f", config=prefill_attention.{config!r}, scratch=self.scratch" if config is not None else ""
@@ -282,6 +314,14 @@ def _concat(stage: Stage, op: Op, out: str) -> list[str]:
     return lines
 
 
+def _cache_update(stage: Stage, op: Op, out: str) -> list[str]:
+    """Into the cache where it stands (the plan copies it before, if it must not change) at a loop's step."""
+    _, new, index = op.inputs
+    if index not in stage.program.steps:
+        return stage.copied(op, out)
+    return [f"{stage.slot(op)}.copy_({stage.name(new)})"]
+
+
 def _is_row(y: Value, x: Value) -> bool:
     return y.type.shape[-1:] == x.type.shape[-1:] and y.type.size == x.type.shape[-1]
 
@@ -312,9 +352,9 @@ def _rope(stage: Stage, op: Op, out: str) -> list[str]:
         return [f"{out}.copy_(functions.rope({', '.join(map(stage.name, op.inputs))}))"]
     angles = f"{stage.read(cosine, 3)}, {stage.read(sine, 3)}"
     if op in stage.rotated:
-        qkv, keys, values = stage.rotated[op]
-        moved = f"{stage.name(values)}.view({keys.type.shape})"
-        return [f"rope_and_cache({stage.read(qkv)}, {angles}, {out}, {stage.name(keys)}, {moved})"]
+        joined = stage.rotated[op]
+        keys, values = (stage.slot(o) if o.name == "cache_update" else stage.name(o.out) for o in joined.moves)
+        return [f"rope_and_cache({stage.read(joined.source)}, {angles}, {out}, {keys}, {values}.view({joined.shape}))"]
     return [f"rope({stage.read(x)}, {angles}, {out})"]
 
 
@@ -332,7 +372,10 @@ def _gather(stage: Stage, op: Op, out: str) -> list[str]:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(STREAMED, _streamed),
+    "fused.norm_matmul": _norm_product,
+    "fused.norm_glu": _norm_product,
     "fused.rotated_attention_segments": _segments,
+    "fused.attention_segments": _token,
     "fused.modulated_norm": _modulated_norm,
     "fused.matmul_glu": _matmul_glu,
     "fused.glu": _glu,
@@ -343,6 +386,7 @@ RULES: dict[str, Rule] = {
     "fused.matmul_gated_residual": _matmul_gated_residual,
     "act": _act,
     "add": _add,
+    "cache_update": _cache_update,
     "attention": _attention,
     "cast": _cast,
     "concat": _concat,

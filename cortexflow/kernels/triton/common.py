@@ -30,6 +30,14 @@ def per_sample(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
+@cache
+def shared_memory() -> int:
+    """Bytes that a block may have; without a card, what every supported one has."""
+    if not torch.cuda.is_available():
+        return 99 << 10
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
+
+
 @triton.jit
 def activate(x, KIND: tl.constexpr):
     """An activation in float32; `none` is the identity."""

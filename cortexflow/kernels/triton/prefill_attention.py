@@ -101,7 +101,8 @@ def attention_kernel(
     """ROWS rows of one sample and one key head against one part of the keys; the last part to end combines them.
 
     A head is one power of two wide, or two (A and B) where that pads less. SCALE is the logits' scale times log2 e.
-    MASK: 0 none, 1 a row of keys for a sample, 2 a row for each query. RAGGED: keys may end within a block.
+    MASK: 0 none, 1 a row of keys for a sample, 2 a row for each query, 3 causal, the last query sees all keys.
+    RAGGED: keys may end within a block.
     """
     let_next_start()
     LOW: tl.constexpr = q.dtype.element_ty
@@ -113,6 +114,8 @@ def attention_kernel(
     each = tl.cdiv(N, KEYS * SPLIT) * KEYS
     first = tl.program_id(2) * each
     end = min(first + each, N)
+    if MASK == 3:  # what the tile's last token sees
+        end = min(end, (tl.program_id(0) * ROWS + ROWS - 1) // PER + N - M + 1)
     if not TMA:
         k += batch.to(tl.int64) * k_batch + group * D
         v += batch.to(tl.int64) * v_batch + group * D
@@ -156,6 +159,8 @@ def attention_kernel(
                 both = valid[:, None] & (n < end)[None, :]
                 seen = tl.load(mask + token[:, None] * mask_row + n[None, :], mask=both, other=0)
                 logits = tl.where(seen != 0, logits, -1.0e30)
+            if MASK == 3:
+                logits = tl.where(n[None, :] <= (token + N - M)[:, None], logits, -1.0e30)
             if RAGGED:
                 logits = logits + tl.where(n < end, 0.0, float("-inf"))[None, :]
         new = tl.maximum(top, tl.max(logits, axis=1))
@@ -247,7 +252,7 @@ def candidates(m: int, n: int, per: int, d: int, on: Card) -> list[Config]:
 def default(d: int, exact: bool, pairs: bool, on: Card) -> Config:
     """A tile that launches on the card without spilling registers, for heads of d entries.
 
-    `exact` where products are float32, `pairs` where each query has a mask of its own.
+    `exact` where products are float32, `pairs` where each query has a mask of its own, be it the causal one.
     """
     if exact:
         return Config(32, 32, 8, 1) if d <= 128 else Config(32, 16, 8, 1)
@@ -297,17 +302,19 @@ def attention(
     mask: Tensor | None = None,
     config: tuple | None = None,
     scratch: tuple[Tensor, Tensor] | None = None,
+    causal: bool = False,
 ) -> None:
     """out [b, m, heads, d] from q [b, m, heads, d], k and v [b, n, groups, d]; heads and d dense, the rest strided.
 
-    `mask` bool [b|1, m|1, n]: a key that is not seen weighs nothing, unless a query sees none. `config`: a `Config`,
-    or its leading entries. `scratch`: float32 and int32 of at least `scratch_size`, which a split needs.
+    `mask` bool [b|1, m|1, n]: a key that is not seen weighs nothing, unless a query sees none. `causal`, in place of a
+    mask: query i sees the keys up to n - m + i. `config`: a `Config`, or its leading entries. `scratch`: float32 and
+    int32 of at least `scratch_size`, which a split needs.
     """
     b, m, heads, d = q.shape
     n, groups = k.shape[1:3]
     exact = q.dtype == torch.float32
     pairs = mask is not None and mask.shape[1] > 1
-    c = Config(*config) if config else default(d, exact, pairs, card())
+    c = Config(*config) if config else default(d, exact, pairs or causal, card())
     tma = c.descriptors and _describable(k) and _describable(v)
     if config is None and not tma:
         c = c._replace(late=False)  # pointers and late values need more registers than there are
@@ -323,7 +330,8 @@ def attention(
         q, *blocks, seen, out, parts, counters, q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         v.stride(0), v.stride(1), out.stride(0), out.stride(1), at[0], at[1], m, n,
         SCALE=scale * math.log2(math.e), GROUPS=groups, PER=heads // groups, D=d, A=a, B=tail, ROWS=c.rows,
-        KEYS=c.keys, SPLIT=c.split, LATE=c.late, TMA=tma, MASK=0 if mask is None else 2 if pairs else 1,
+        KEYS=c.keys, SPLIT=c.split, LATE=c.late, TMA=tma,
+        MASK=3 if causal else 0 if mask is None else 2 if pairs else 1,
         RAGGED=c.late or n % c.keys != 0, EXACT="ieee" if exact else "tf32",
         num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip

@@ -22,6 +22,8 @@ import triton.language as tl
 from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+FEW_ROWS = 16  # with at most so many a product is bound by the bytes of its weights
+
 
 class Config(NamedTuple):
     """How a product is cut into tiles, and what a program of it gets."""
@@ -114,13 +116,13 @@ def _finish(
 
 @triton.jit
 def product_kernel(
-    x, x_more, w, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row,
+    x, x_more, w, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row, eps,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
     EXACT: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr,
+    GATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS + MORE rows and COLUMNS columns: whole, or one part of K in float32."""
+    """A tile of ROWS + MORE rows and COLUMNS columns: whole, or one part of K in float32. NORM: of whole rows of x."""
     let_next_start()
     wait_for_previous()
     down, across = tl.cdiv(M, ROWS + MORE), tl.cdiv(N, COLUMNS)
@@ -138,14 +140,24 @@ def product_kernel(
     acc = _zeros(ROWS, WIDE, SWAP)
     if MORE:
         acc_more = _zeros(MORE, WIDE, SWAP)
+    squares = tl.zeros((ROWS,), tl.float32)
     for k in tl.range(part * extent, min((part + 1) * extent, K), DEPTH):
         b = _block(w, k, column * (WIDE // COLUMNS), K, width, w_row, DEPTH, WIDE, W_ALIGN)
         a = _block(x, row, k, M, K, x_row, ROWS, DEPTH, X_ALIGN)
         acc = _add(a, b, acc, SWAP, EXACT)
+        if NORM:
+            f = a.to(tl.float32)
+            squares += tl.sum(f * f, axis=1)
         if MORE:
             a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
             acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
 
+    if NORM:  # norm(x) @ w = (x @ w) / the root of x's mean square
+        r = tl.rsqrt(squares / K + eps)
+        if SWAP:
+            acc *= r[None, :]
+        else:
+            acc *= r[:, None]
     _store(acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
            ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
     if MORE:
@@ -223,13 +235,15 @@ def product(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     pairs: bool = False,
+    eps: float | None = None,
     scratch: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
     """out [m, n] = residual + gate · act(x [m, k] @ w [k, n] + bias); bias and gate [n].
 
     With `pairs`, w is [k, 2 n], a gate column beside its up column, bias [2 n] likewise, and the activation becomes
-    act(gate) · up. Rows of x, out and residual may be strided; w is row-major. `out` may be the residual itself.
+    act(gate) · up. `eps` asks for the RMS norm of x's rows before. Rows of x, out and residual may be strided; w is
+    row-major. `out` may be the residual itself.
     `scratch`: float32, split · m · n entries, where `config` splits k. Raises ValueError where rows of x or w are
     not dense, where `pairs` are to be split, and where scratch is too small.
     """
@@ -238,8 +252,10 @@ def product(
     c = config or default(m, n, k, pairs, _shared_bytes(x.device), x.element_size())
     if x.stride(1) != 1 or w.stride(1) != 1:
         raise ValueError("rows of x and w must be dense")
-    if pairs and c.split > 1:
-        raise ValueError("a product with a gated unit is not split")
+    if c.split > 1 and (pairs or eps is not None):
+        raise ValueError("a product with a gated unit or with a norm is not split")
+    if c.more and eps is not None:
+        raise ValueError("a product with a norm has tiles of one piece")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
     x_align, w_align = _alignment(x), _alignment(w)
@@ -255,10 +271,10 @@ def product(
     parts = some if c.split == 1 else scratch
     units = triton.cdiv(m, c.rows + c.more) * triton.cdiv(n, c.columns) * c.split
     product_kernel[(units,)](
-        *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
+        *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides, eps or 0.0,
         ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8,
         SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="ieee" if x.dtype == torch.float32 else "tf32", GLU=pairs,
-        **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
+        NORM=eps is not None, **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
     if c.split > 1:
         block = min(512, triton.next_power_of_2(n))
@@ -269,6 +285,9 @@ def product(
 
 def default(m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: int = 2) -> Config:
     """A configuration that fits a card whose blocks may have so much shared memory (0: any card)."""
+    if m <= FEW_ROWS and itemsize == 2:  # bound by the weights' bytes: many of them in flight
+        stages = 6 if shared_bytes > 200 * 1024 else 4
+        return Config(16, 0, 32 if pairs else 64, 128, warps=4, stages=stages, swap=True)
     columns = 64 if pairs or n <= 64 else 128
     if itemsize > 2:
         return Config(64, 0, columns // 2, 16, stages=3)
@@ -300,7 +319,20 @@ PAIRS = (
     Config(128, 64, 64, depth=32, warps=4, stages=5),
     Config(128, 0, 128),
     Config(128, 0, 64, warps=4, stages=3),
+    Config(256, 32, 32, warps=4, stages=2, swap=True),
+    Config(128, 16, 64, warps=4, stages=3, swap=True),
     Config(64, 0, 128, depth=32, warps=4, stages=5),
+)
+FEW = (  # for at most FEW_ROWS rows
+    Config(16, 0, 64, 128, warps=4, stages=6, swap=True),
+    Config(16, 0, 128, 64, warps=4, stages=5, swap=True),
+    Config(16, 0, 128, 128, warps=4, stages=3),
+    Config(16, 0, 64, 256, warps=4, stages=3),
+)
+FEW_PAIRS = (
+    Config(16, 0, 32, 128, warps=4, stages=6, swap=True),
+    Config(16, 0, 64, 128, warps=4, stages=3),
+    Config(16, 0, 32, 128, warps=4, stages=4),
 )
 _SPLITS = (1, 2, 3, 4, 5, 6, 8)
 
@@ -319,6 +351,10 @@ def _clocks(c: Config, m: int, n: int, k: int, pairs: bool) -> float:
 
 def candidates(m: int, n: int, k: int, pairs: bool = False, count: int = 8) -> list[Config]:
     """Configurations worth measuring on Hopper, for 16-bit operands; the likeliest first."""
+    if m <= FEW_ROWS:
+        tiles = FEW_PAIRS if pairs else FEW
+        spread = {c: 1 if pairs else min(8, triton.cdiv(128, triton.cdiv(n, c.columns))) for c in tiles}
+        return list(dict.fromkeys(c._replace(split=s) for c in tiles for s in (1, spread[c])))[:count]
     tiles = PAIRS if pairs else PLAIN
     splits = (1,) if pairs else [s for s in _SPLITS if s == 1 or k >= 256 * s]
     every = [c._replace(split=s) for c in tiles for s in splits]

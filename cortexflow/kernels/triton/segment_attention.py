@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from cortexflow.kernels.gluon import split_attention as split
 from cortexflow.kernels.gluon.split_attention import Split
-from cortexflow.kernels.triton.common import let_next_start, overlaps, per_sample, wait_for_previous
+from cortexflow.kernels.triton.common import let_next_start, overlaps, per_sample, shared_memory, wait_for_previous
 
 
 class Config(NamedTuple):
@@ -58,7 +58,7 @@ def candidates(b: int, m: int, heads: int, d: int, n: int) -> list[Config | Spli
 def _narrowed(config: Config, m: int, d: int, n: int) -> Config:
     """The configuration with as many columns as there are, and as fit into shared memory with all keys."""
     columns, keys = min(config.columns, d), triton.cdiv(n, config.keys) + triton.cdiv(m, config.keys)
-    while columns > 16 and keys * config.keys * (columns + config.value_rows) * 2 + 4096 > _shared_memory():
+    while columns > 16 and keys * config.keys * (columns + config.value_rows) * 2 + 4096 > shared_memory():
         columns //= 2
     return config._replace(columns=columns)
 
@@ -91,14 +91,6 @@ def _extent(m: int, heads: int, n: int, config: Config) -> tuple[int, int]:
 def _has_warpgroups() -> bool:
     """Whether the card has Hopper's warpgroup instructions."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-
-
-@cache
-def _shared_memory() -> int:
-    """Bytes that a block may have; without a card, what every supported one has."""
-    if not torch.cuda.is_available():
-        return 99 << 10
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_block_optin
 
 
 @triton.jit
