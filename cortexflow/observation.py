@@ -37,7 +37,7 @@ from cortexflow.processing import (
 from cortexflow.processing.arrays import Floats
 from cortexflow.processing.normalise import MODES
 from cortexflow.processing.robots import SLOTS
-from cortexflow.processing.stats import LEROBOT_STEPS
+from cortexflow.processing.stats_lerobot import LEROBOT_STEPS
 
 CAMERA = "observation.images."  # LeRobot's prefix of a camera's name
 

@@ -23,7 +23,8 @@ from cortexflow.models import Signature, VLAModel, VLAModelType, create_model
 from cortexflow.observation import directory
 from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.processing import PROCESSINGS, load_stats
-from cortexflow.processing.stats import OPENPI_FILE, PREPROCESSOR, WEIGHTS_FILE
+from cortexflow.processing.stats_files import OPENPI_FILE, WEIGHTS_FILE
+from cortexflow.processing.stats_lerobot import PREPROCESSOR
 from cortexflow.processing.tokenizer import FILE_NAMES
 from cortexflow.weights import stages_of
 

@@ -18,16 +18,9 @@ from cortexflow.processing.pipeline import (
 from cortexflow.processing.prompts import PROMPT_FORMATS, encode_prompt, prompt_pieces, state_bins
 from cortexflow.processing.robot_file import find_robot, load_robot, make_robot
 from cortexflow.processing.robots import ROBOTS, Robot, camera_views, join_state, robot
-from cortexflow.processing.stats import (
-    Stats,
-    asset_ids,
-    check_stats,
-    lerobot_options,
-    load_stats,
-    make_stats,
-    save_stats,
-    stats_file,
-)
+from cortexflow.processing.stats import Stats, check_stats, make_stats
+from cortexflow.processing.stats_files import asset_ids, load_stats, stats_file
+from cortexflow.processing.stats_lerobot import lerobot_options, save_stats
 from cortexflow.processing.tokenizer import PromptTokenizer, load_tokenizer
 
 __all__ = [
