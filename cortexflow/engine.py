@@ -37,7 +37,7 @@ from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import MODELS, ModelConfig, VLAModelType
 from cortexflow.observation import FixedPrompt
 from cortexflow.processing.arrays import as_floats
-from cortexflow.processing.prompts import Encoder, prompt_pieces
+from cortexflow.processing.prompts import Encoder, prompt_ids
 from cortexflow.processing.tokenizer import PAD_ID
 from cortexflow.sources import Source, family_name, find_prompt_format, find_tokenizer, open_model, weights_for
 
@@ -261,9 +261,7 @@ class VLAInferenceEngine:
                     "engine with discrete_state_input=False where this is meant",
                     stacklevel=4,
                 )
-            pieces = prompt_pieces(prompt, format=self._prompt_format, bins=bins)
-            tokenizer = self._tokenizer()
-            return [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece, bos=n == 0)]
+            return prompt_ids(self._tokenizer(), prompt, format=self._prompt_format, bins=bins)
         ids = read_ids(prompt)
         if bins is not None:
             raise InputError("state_tokens: token ids are a whole prompt, into which no state can be written")
@@ -273,7 +271,8 @@ class VLAInferenceEngine:
         if self.tokenizer is None:
             raise ConfigError(
                 "tokenizer: the prompt is text, and no tokenizer was named or found beside the checkpoint; pass "
-                "tokenizer_path= (the sentencepiece model of google/paligemma-3b-pt-224, or its directory)"
+                "tokenizer_path= (the sentencepiece model of the checkpoint's language model, or its directory; of "
+                "π0 and π0.5 google/paligemma-3b-pt-224)"
             )
         return self.tokenizer
 
