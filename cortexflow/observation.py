@@ -17,10 +17,12 @@ from torch import Tensor
 
 from cortexflow.checkpoints import Checkpoint
 from cortexflow.checkpoints.tensors import read_json
-from cortexflow.errors import ConfigError, InputError
+from cortexflow.errors import CheckpointError, ConfigError, InputError
 from cortexflow.ir import Type
 from cortexflow.models import Signature, VLAModelType
 from cortexflow.processing import (
+    FAMILIES,
+    ONE_CAMERA,
     PROCESSINGS,
     Processing,
     PromptTokenizer,
@@ -33,11 +35,14 @@ from cortexflow.processing import (
     prepare_observation,
     read_image,
     stats_file,
+    suits,
 )
+from cortexflow.processing.action_tokens import load_bins
 from cortexflow.processing.arrays import Floats
 from cortexflow.processing.normalise import MODES
 from cortexflow.processing.robots import SLOTS
 from cortexflow.processing.stats_lerobot import LEROBOT_STEPS
+from cortexflow.processing.towers import PREPROCESSOR_CONFIG, load_towers
 
 CAMERA = "observation.images."  # LeRobot's prefix of a camera's name
 
@@ -90,7 +95,8 @@ def load_frontend(
 
 def statistics_read(rules: Processing) -> dict[str, tuple[str, ...]]:
     """Which statistics of the state and of the actions a processing reads."""
-    return {"state": MODES[rules.norm], "actions": MODES[rules.action_norm or rules.norm]}
+    state = () if rules.action_bins else MODES[rules.norm]  # a network that emits tokens reads no state
+    return {"state": state, "actions": MODES[rules.action_norm or rules.norm]}
 
 
 def find_stats(
@@ -123,15 +129,19 @@ def find_processing(checkpoint: Checkpoint, signature: Signature, chosen: str | 
     family = VLAModelType(config.model_type).value
     if chosen is not None:
         rules = _preset(chosen) if isinstance(chosen, str) else chosen
-        if rules.continuous_state != (config.model_type is VLAModelType.PI0):
+        if not suits(rules, family):
             raise ConfigError(f"processing: {chosen!r} does not suit a {family} checkpoint; {_presets(family)}")
     elif checkpoint.format == "lerobot":
         rules = replace(PROCESSINGS[f"lerobot_{family}"], **lerobot_options(directory(checkpoint)))
+    elif needs_no_robot(checkpoint):
+        rules = FAMILIES[family]
     else:
         raise ConfigError(
             f"processing: {checkpoint.path or 'the dictionary'} ({checkpoint.format}) does not say for which robot it "
             f"was trained; {_presets(family)} (on the command line: --processing NAME)"
         )
+    if rules.towers and not isinstance(chosen, Processing):
+        rules = replace(rules, **_tower_options(checkpoint))
     return replace(
         rules,
         views=signature.views,
@@ -142,8 +152,35 @@ def find_processing(checkpoint: Checkpoint, signature: Signature, chosen: str | 
     )
 
 
+def needs_no_robot(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint acts without being told for which robot.
+
+    LeRobot's say it themselves; a family that sees one picture needs no more than the statistics of a data set.
+    """
+    return checkpoint.format == "lerobot" or family_of(checkpoint) in ONE_CAMERA
+
+
+def family_of(checkpoint: Checkpoint) -> str:
+    """The name of a checkpoint's family."""
+    return VLAModelType(checkpoint.config.model_type).value
+
+
+def _tower_options(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the files of a network with several image towers say about pictures and action tokens."""
+    place, config = directory(checkpoint), checkpoint.config
+    size, towers = load_towers(place)
+    if size != config.image_size:
+        raise CheckpointError(
+            f"{place / PREPROCESSOR_CONFIG}: expected pictures of {config.image_size} pixels, as the weights do, found "
+            f"{size}; copy the file that belongs to this checkpoint"
+        )
+    return {"towers": towers, "action_bins": load_bins(place, config.vocab_size)}
+
+
 def camera_names(checkpoint: Checkpoint, views: int) -> tuple[str, ...]:
-    """Names of the views in order: LeRobot's config.json has them, other formats have openpi's slots."""
+    """Names of the views in order: LeRobot's config.json has them, other formats have openpi's slots, or one name."""
+    if (family := family_of(checkpoint)) in ONE_CAMERA:
+        return (ONE_CAMERA[family],)
     names: list[str] = []
     if checkpoint.format == "lerobot" and checkpoint.path is not None:
         file = directory(checkpoint) / "config.json"
@@ -182,7 +219,7 @@ def model_inputs(
     state: Any = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """What a compiled policy of these `inputs` takes, for one observation; the noise is drawn from `seed`.
+    """What a compiled policy of these `inputs` takes, for one observation; noise, if any, is drawn from `seed`.
 
     `images` are files or arrays by camera (see `find_camera`); a camera left out is absent. `state` is the
     robot's own, in its units. `prompt` is the instruction; a file that holds a fixed one takes none.
@@ -198,8 +235,9 @@ def model_inputs(
     views = [pictures.get(camera) for camera in frontend.cameras]
     prepared = network_inputs(frontend, views, prompt, state)
     made = {name: torch.from_numpy(value)[None] for name, value in prepared.items() if name in inputs}
-    generator = torch.Generator().manual_seed(seed)
-    return made | {"noise": torch.randn(inputs["noise"].shape, generator=generator)}
+    if "noise" in inputs:
+        made["noise"] = torch.randn(inputs["noise"].shape, generator=torch.Generator().manual_seed(seed))
+    return made
 
 
 def network_inputs(
@@ -229,9 +267,17 @@ def _check_prompt(frontend: Frontend, prompt: str | None) -> None:
         raise InputError("prompt: expected the instruction, found None (on the command line: --prompt TEXT)")
 
 
-def robot_actions(frontend: Frontend, actions: Tensor, state: Any = None) -> Floats:
-    """The policy's chunk [1, chunk, action] as the robot's actions [chunk, values], in its units."""
-    return finish_actions(frontend.processing, actions[0].float(), state=state, stats=frontend.stats)
+def network_answer(frontend: Frontend, results: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Of what a compiled policy returns what `robot_actions` takes: `token_ids` [batch, chunk * action] of a network
+    that emits tokens, else the `actions` [batch, chunk, action]."""
+    if isinstance(results, Tensor):
+        return results
+    return results["token_ids" if frontend.processing.action_bins else "actions"]
+
+
+def robot_actions(frontend: Frontend, answer: Tensor, state: Any = None) -> Floats:
+    """The policy's answer for one observation [1, ...] as the robot's actions [chunk, values], in its units."""
+    return finish_actions(frontend.processing, answer[0], state=state, stats=frontend.stats)
 
 
 def typical_state(frontend: Frontend) -> Floats:
@@ -249,6 +295,4 @@ def _preset(name: str) -> Processing:
 
 
 def _presets(family: str) -> str:
-    continuous = family == VLAModelType.PI0.value
-    fitting = [name for name, rules in PROCESSINGS.items() if rules.continuous_state == continuous]
-    return f"choose one of {', '.join(fitting)}"
+    return f"choose one of {', '.join(name for name, rules in PROCESSINGS.items() if suits(rules, family))}"

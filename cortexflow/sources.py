@@ -24,7 +24,7 @@ from cortexflow.processing.tokenizer import FILE_NAMES
 Source = str | os.PathLike[str] | Mapping[str, Any] | Checkpoint | VLAModel
 
 # How a family writes its prompt; a checkpoint that LeRobot saved may differ. Others say it in `prompt_format`.
-PROMPTS = {"pi0": "pi0", "pi05": "pi05"}
+PROMPTS = {"pi0": "pi0", "pi05": "pi05", "openvla": "openvla"}
 LEROBOT_PROMPTS = {"pi0": "pi0_lerobot", "pi05": "pi05"}
 
 
@@ -47,7 +47,7 @@ def open_model(
         if source.weights is None:
             raise ConfigError(f"{type(source).__name__} has no weights: give the engine its checkpoint")
         return source, None
-    told = {kind.value for kind in (VLAModelType.PI0, VLAModelType.PI05)}  # by the checkpoint's tensors
+    told = {kind.value for kind in (VLAModelType.PI0, VLAModelType.PI05, VLAModelType.OPENVLA)}  # by its tensors
     if config is not None and family_name(config) not in told and not isinstance(source, Checkpoint):
         model = create_model(config)
         tensors = model.preprocess_checkpoint(source)

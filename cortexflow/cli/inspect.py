@@ -110,14 +110,14 @@ def _surroundings(
     def statistics() -> str:
         nonlocal size
         stats = load_stats(directory(checkpoint))
-        size = len(next(iter(stats["state"].values())))
+        size = len(next(iter(stats["state"].values()), ()))
         actions = len(next(iter(stats["actions"].values())))
-        return f"{', '.join(stats['state'])} of {size} state and {actions} action values"
+        return f"{', '.join(stats['actions'])} of {size} state and {actions} action values"
 
     def tokenizer() -> str:
         if checkpoint.fixed_prompt:
             return f"none is needed: the file holds one prompt, of {checkpoint.fixed_prompt} tokens"
-        return f"sentencepiece, {load_tokenizer(directory(checkpoint)).vocab_size:,} pieces"
+        return f"{load_tokenizer(directory(checkpoint)).vocab_size:,} pieces"
 
     def processing() -> str:
         rules = find_processing(checkpoint, signature)

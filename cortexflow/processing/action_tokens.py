@@ -7,14 +7,50 @@ Source: openvla prismatic/vla/action_tokenizer.py, prismatic/extern/hf/modeling_
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from cortexflow.errors import InputError
+from cortexflow.errors import CheckpointError, InputError
 from cortexflow.processing.arrays import Floats, as_floats, to_numpy
+from cortexflow.processing.stats import read_json
+
+
+class Bins(NamedTuple):
+    """How actions are tokens: the edges of the bins, and the pieces of the vocabulary whose last ids they take."""
+
+    edges: int = 256
+    vocabulary: int = 32000
+
+
+LLAMA_BINS = Bins()
+PADDING = 64  # rows behind the vocabulary, where config.json does not say
+
+
+def load_bins(directory: str | Path, vocab_size: int) -> Bins:
+    """The bins of a checkpoint, of whose `vocab_size` rows the last ones only pad, as its config.json says.
+
+    Raises CheckpointError for a file that is damaged, or whose vocabulary has no room for the bins.
+    """
+    file = Path(directory) / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    found = []
+    for key, default in (("n_action_bins", LLAMA_BINS.edges), ("pad_to_multiple_of", PADDING)):
+        value = content.get(key, default) if isinstance(content, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= vocab_size:
+            raise CheckpointError(
+                f"{file}: expected {key} to be a number up to the {vocab_size} of the vocabulary, found {value!r:.80}"
+            )
+        found.append(value)
+    edges, padding = found
+    if edges < 2 or vocab_size - padding < edges:
+        most = vocab_size - padding
+        raise CheckpointError(f"{file}: expected n_action_bins from 2 to the {most} pieces there are, found {edges}")
+    return Bins(edges, vocab_size - padding)
 
 
 def bin_centres(edges: int = 256) -> Floats:
@@ -23,23 +59,21 @@ def bin_centres(edges: int = 256) -> Floats:
     return (points[:-1] + points[1:]) / 2.0
 
 
-def decode_actions(ids: ArrayLike | torch.Tensor, *, edges: int = 256, vocabulary: int = 32000) -> Floats:
+def decode_actions(ids: ArrayLike | torch.Tensor, bins: Bins = LLAMA_BINS) -> Floats:
     """Token ids as the middles of their bins: float64 of the shape of `ids`.
 
     Ids outside the action range take the nearest end of it: those below (text) become the highest value, those
-    from `vocabulary` upwards (padding of the embedding) the lowest. Raises InputError for other than integers.
+    from `bins.vocabulary` upwards (padding of the embedding) the lowest. Raises InputError for other than integers.
     """
     found = _integers(ids)
-    centres = bin_centres(edges)
-    return centres[np.clip(vocabulary - found - 1, 0, len(centres) - 1)]
+    centres = bin_centres(bins.edges)
+    return centres[np.clip(bins.vocabulary - found - 1, 0, len(centres) - 1)]
 
 
-def encode_actions(
-    actions: ArrayLike | torch.Tensor, *, edges: int = 256, vocabulary: int = 32000
-) -> NDArray[np.int64]:
+def encode_actions(actions: ArrayLike | torch.Tensor, bins: Bins = LLAMA_BINS) -> NDArray[np.int64]:
     """The token ids of normalised actions, clipped to [-1, 1]: int64 of their shape. Raises InputError."""
     values = np.clip(as_floats(actions, "actions"), -1.0, 1.0)
-    return (vocabulary - np.digitize(values, np.linspace(-1.0, 1.0, edges))).astype(np.int64)
+    return (bins.vocabulary - np.digitize(values, np.linspace(-1.0, 1.0, bins.edges))).astype(np.int64)
 
 
 def _integers(ids: Any) -> NDArray[np.int64]:

@@ -76,9 +76,13 @@ def as_model_images(
     lerobot src/lerobot/policies/pi05/modeling_pi05.py (absent cameras).
     """
     pictures = fit_pictures(images, views=views, size=size, method=method, low=low)
+    return unit_pictures(pictures, size), np.array([picture is not None for picture in pictures])
+
+
+def unit_pictures(pictures: Sequence[NDArray[Any] | None], size: int) -> Pixels:
+    """What `fit_pictures` returned as float32 [views, size, size, 3] in [-1, 1], -1 for those that are absent."""
     absent = np.full((size, size, 3), -1.0, np.float32)
-    unit = [absent if picture is None else to_unit(picture) for picture in pictures]
-    return np.stack(unit), np.array([picture is not None for picture in pictures])
+    return np.stack([absent if picture is None else to_unit(picture) for picture in pictures])
 
 
 def fit_pictures(images: Any, *, views: int, size: int, method: str, low: float = -1.0) -> list[NDArray[Any] | None]:

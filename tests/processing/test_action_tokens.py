@@ -12,7 +12,7 @@ import torch
 
 from cortexflow.errors import InputError
 from cortexflow.processing import load_stats
-from cortexflow.processing.action_tokens import bin_centres, decode_actions, encode_actions
+from cortexflow.processing.action_tokens import Bins, bin_centres, decode_actions, encode_actions
 from cortexflow.processing.normalise import unnormalise
 
 DATA = Path(__file__).parents[1] / "data" / "openvla"
@@ -54,11 +54,9 @@ def test_generated_ids() -> None:
 
 def test_every_bin_comes_back() -> None:
     """A bin's middle encodes as the bin's id, in vocabularies of any size."""
-    for edges, vocabulary in ((256, 32000), (17, 100)):
-        ids = np.arange(vocabulary - edges + 1, vocabulary)
-        back = encode_actions(
-            decode_actions(ids, edges=edges, vocabulary=vocabulary), edges=edges, vocabulary=vocabulary
-        )
+    for bins in (Bins(), Bins(edges=17, vocabulary=100)):
+        ids = np.arange(bins.vocabulary - bins.edges + 1, bins.vocabulary)
+        back = encode_actions(decode_actions(ids, bins), bins)
         assert back.tolist() == ids.tolist()
 
 
