@@ -47,7 +47,7 @@ def open_model(
         if source.weights is None:
             raise ConfigError(f"{type(source).__name__} has no weights: give the engine its checkpoint")
         return source, None
-    told = {kind.value for kind in (VLAModelType.PI0, VLAModelType.PI05, VLAModelType.OPENVLA)}  # by its tensors
+    told = {kind.value for kind in (VLAModelType.PI0, VLAModelType.PI05)}  # by the checkpoint's tensors
     if config is not None and family_name(config) not in told and not isinstance(source, Checkpoint):
         model = create_model(config)
         tensors = model.preprocess_checkpoint(source)
