@@ -91,7 +91,7 @@ class Compiled:
 
     def check(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """The inputs as tensors of their declared types; raises `InputError`."""
-        return check_inputs(self._inputs, inputs, self._vocabulary)
+        return check_inputs(self._inputs, inputs, self._vocabulary, self.module.meta.get("padding") == "end")
 
     def stage_times(self, repeats: int = 5, **inputs: Any) -> dict[str, float]:
         """Milliseconds of each stage, the median of some runs after one to warm up."""

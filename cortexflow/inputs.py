@@ -22,11 +22,14 @@ from cortexflow.ir.dtypes import TORCH_DTYPES
 Given = Mapping[str, Any]
 
 
-def check_inputs(inputs: Mapping[str, Type], given: Given, vocabulary: int | None = None) -> dict[str, Tensor]:
+def check_inputs(
+    inputs: Mapping[str, Type], given: Given, vocabulary: int | None = None, gapless: bool = False
+) -> dict[str, Tensor]:
     """The inputs of a module as tensors of their declared types; raises `InputError`.
 
     May be left out: `image_mask` (every camera is there), `token_mask` (every token given counts).
-    Prompts shorter than the bucket are padded. `vocabulary` bounds the token ids.
+    Prompts shorter than the bucket are padded. `vocabulary` bounds the token ids. `gapless`: the policy knows a
+    prompt's length alone, so that its mask must be true, then false.
     """
     if unknown := sorted(set(given) - set(inputs)):
         raise InputError(f"unknown input {', '.join(unknown)}; this policy takes {_listing(inputs)}")
@@ -44,6 +47,8 @@ def check_inputs(inputs: Mapping[str, Type], given: Given, vocabulary: int | Non
         _check_vocabulary(found["tokens"], vocabulary)
     if "tokens" in given and "token_mask" in given:
         _same_length(given["tokens"], given["token_mask"])
+    if gapless and "token_mask" in found:
+        _check_gapless(found["token_mask"])
     return found
 
 
@@ -194,6 +199,15 @@ def _check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
         )
 
 
+def _check_gapless(mask: Tensor) -> None:
+    bad = ~mask[:, 0] | (mask[:, 1:] & ~mask[:, :-1]).any(dim=1)
+    if bool(bad.any()):
+        raise InputError(
+            "token_mask: expected true for the prompt and false for the padding behind it, found another order in "
+            f"episode {int(bad.nonzero()[0])}; move the padding to the end"
+        )
+
+
 def _default_token_mask(t: Type, _: Mapping[str, Tensor], given: Given) -> Tensor:
     slots = torch.arange(t.shape[1])
     length = int(_tensor("tokens", given["tokens"]).shape[-1]) if "tokens" in given else 0
@@ -202,6 +216,7 @@ def _default_token_mask(t: Type, _: Mapping[str, Tensor], given: Given) -> Tenso
 
 _RULES: dict[str, Callable[[str, Tensor, Type], Tensor]] = {
     "images": _images,
+    "pixel_values": _batched,
     "image_mask": _mask,
     "tokens": _prompt_bucket,
     "token_mask": _prompt_bucket,

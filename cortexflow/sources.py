@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from cortexflow.checkpoints import Checkpoint, count_nonfinite, open_checkpoint
+from cortexflow.checkpoints.dialects import FAMILIES
 from cortexflow.compiler import load_model
 from cortexflow.configuration import InferenceConfig
 from cortexflow.errors import CheckpointError, ConfigError
@@ -47,7 +48,7 @@ def open_model(
         if source.weights is None:
             raise ConfigError(f"{type(source).__name__} has no weights: give the engine its checkpoint")
         return source, None
-    told = {kind.value for kind in (VLAModelType.PI0, VLAModelType.PI05)}  # by the checkpoint's tensors
+    told = set(FAMILIES)  # by the checkpoint's tensors
     if config is not None and family_name(config) not in told and not isinstance(source, Checkpoint):
         model = create_model(config)
         tensors = model.preprocess_checkpoint(source)

@@ -456,7 +456,7 @@ def test_a_family_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(compiled(images=images, noise=noise), wanted, rtol=0, atol=1e-5)
     assert compiled.inputs["images"].shape == (1, 2, 28, 28, 3)
     monkeypatch.delitem(MODELS, "toy")
-    with pytest.raises(ConfigError, match="model family 'toy' is not registered; there are pi0, pi05"):
+    with pytest.raises(ConfigError, match="model family 'toy' is not registered; there are openvla, pi0, pi05"):
         cortexflow.models.create_model(config)
 
 

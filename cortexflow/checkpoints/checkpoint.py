@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cortexflow.checkpoints import lerobot, orbax, realtime_vla
+from cortexflow.checkpoints import lerobot, openvla, orbax, realtime_vla
 from cortexflow.checkpoints.config import infer_config, override_facts
 from cortexflow.checkpoints.dialects import Facts, read_config
 from cortexflow.checkpoints.doctor import likely_reasons
@@ -34,7 +34,7 @@ class Checkpoint:
     """A checkpoint as the rest of CortexFlow sees it: canonical tensors and the configuration they tell."""
 
     path: Path | None
-    format: str  # "lerobot", "openpi", "openpi-jax" or "realtime-vla"
+    format: str  # "lerobot", "openpi", "openpi-jax", "realtime-vla" or "openvla"
     family: VLAModelType
     config: ModelConfig
     tensors: dict[str, LazyTensor]
@@ -90,7 +90,13 @@ def _read(path: Path, allow_pickle: bool) -> dict[str, LazyTensor]:
 
 def _config_beside(path: Path) -> tuple[dict[str, Any] | None, str]:
     file = (path if path.is_dir() else path.parent) / "config.json"
-    return (read_json(file), str(file)) if file.is_file() else (None, str(file))
+    if not file.is_file():
+        return None, str(file)
+    content = read_json(file)
+    newer = file.with_name(openvla.STATISTICS)
+    if content.get("model_type") == "openvla" and newer.is_file():
+        content["norm_stats"] = read_json(newer)
+    return content, str(file)
 
 
 def build_checkpoint(
@@ -119,6 +125,9 @@ def _build(
     overrides: Facts,
 ) -> Checkpoint:
     notes: list[str] = []
+    if openvla.holds(stored):
+        read = openvla.read(stored, config_json, config_where, overrides, notes)
+        return Checkpoint(path, "openvla", VLAModelType.OPENVLA, read.config, read.tensors, notes, read.skipped)
     skipped: dict[str, str] = {}
     layers: list[Facts] = [overrides]
     fixed: Facts = {}
@@ -140,7 +149,7 @@ def _build(
         found = detect_family(tensors)
         if found is None:
             raise CheckpointError(
-                "expected a checkpoint of π0 or π0.5 (tensors of LeRobot, openpi or realtime-vla), "
+                "expected a checkpoint of π0 or π0.5 (tensors of LeRobot, openpi or realtime-vla) or of OpenVLA, "
                 f"found {len(stored)} tensors such as {', '.join(list(stored)[:4])}{_because(tensors)}"
             )
         family = found

@@ -8,16 +8,14 @@ two sources contradict each other the result is an error that names both, never 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from cortexflow.checkpoints.dialects import FIELD_TYPES, GEMMA_VARIANTS, Fact, Facts, family_of, state, tower_facts
 from cortexflow.checkpoints.names import DECODER, EMBEDDING, ENCODER, VISION
+from cortexflow.checkpoints.shapes import Shape, contradictions, first_layer, measure_dimensions, need, split_heads
 from cortexflow.errors import CheckpointError, ConfigError
 from cortexflow.models.config import ModelConfig, VLAModelType
-
-Shape = tuple[int, ...]
 
 # Field, canonical name (`{}` stands for a layer), axis: what single dimensions tell.
 DIMENSIONS: tuple[tuple[str, str, int], ...] = (
@@ -43,30 +41,9 @@ LAYERS: tuple[tuple[str, str], ...] = (
 SO400M = "SigLIP So400m/14 (width 1152)"
 
 
-def _first_layer(shapes: Mapping[str, Shape], pattern: str) -> str | None:
-    """The stored name that fits a pattern, in the lowest layer there is."""
-    if "{}" not in pattern:
-        return pattern if pattern in shapes else None
-    head, tail = pattern.split("{}")
-    found = [n for n in shapes if n.startswith(head) and n.endswith(tail) and n[len(head) : -len(tail)].isdigit()]
-    return min(found, key=lambda n: int(n[len(head) : -len(tail)])) if found else None
-
-
-def _layer_count(shapes: Mapping[str, Shape], prefix: str) -> int:
-    numbers = (re.match(r"(\d+)\.", name[len(prefix) :]) for name in shapes if name.startswith(prefix))
-    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
-
-
 def measure(shapes: Mapping[str, Shape]) -> Facts:
     """Every `ModelConfig` field that tensor shapes tell, with the tensor that tells it."""
-    facts: Facts = {}
-    for field, pattern, axis in DIMENSIONS + FAMILY_DIMENSIONS:
-        name = _first_layer(shapes, pattern)
-        if name is not None and axis < len(shapes[name]):
-            facts[field] = Fact(shapes[name][axis], f"tensor {name} {list(shapes[name])}")
-    for field, prefix in LAYERS:
-        if count := _layer_count(shapes, prefix):
-            facts[field] = Fact(count, f"the layers under {prefix}")
+    facts = measure_dimensions(shapes, DIMENSIONS + FAMILY_DIMENSIONS, LAYERS)
     positions = VISION + "embeddings.position_embedding.weight"
     if positions in shapes and shapes[positions] and "patch_size" in facts:
         rows = shapes[positions][0]
@@ -90,18 +67,11 @@ def recognised_sizes(measured: Facts) -> list[Facts]:
     return layers
 
 
-def _need(field: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f'{field}: {why}. Say it in config.json under "cortexflow": {{{field!r}: ...}}, '
-        f"or pass config_overrides={{{field!r}: ...}}"
-    )
-
-
 def _rows(shapes: Mapping[str, Shape], part: str) -> Fact:
     """Rows of q_proj or k_proj, which prefix and expert must share: they attend to one cache."""
     found = {}
     for tower in (ENCODER, DECODER):
-        name = _first_layer(shapes, f"{tower}layers.{{}}.self_attn.{part}.weight")
+        name = first_layer(shapes, f"{tower}layers.{{}}.self_attn.{part}.weight")
         if name is not None and shapes[name]:
             found[name] = shapes[name][0]
     if not found:
@@ -110,55 +80,6 @@ def _rows(shapes: Mapping[str, Shape], part: str) -> Fact:
         text = " and ".join(f"{name} {list(shapes[name])}" for name in found)
         raise CheckpointError(f"expected {part} of prefix and expert with the same number of rows, found {text}")
     return Fact(next(iter(found.values())), next(f"tensor {n} {list(shapes[n])}" for n in found))
-
-
-def split_heads(q_rows: Fact, k_rows: Fact, said: Facts, notes: list[str]) -> dict[str, int]:
-    """num_heads, num_kv_heads and head_dim from the rows of q and k and whatever is said of the three."""
-    heads, kv, dim = (said[f].value if f in said else None for f in ("num_heads", "num_kv_heads", "head_dim"))
-    if dim is None and heads is not None and q_rows.value % heads == 0:
-        dim = q_rows.value // heads
-    if dim is None and kv is not None and k_rows.value % kv == 0:
-        dim = k_rows.value // kv
-    if dim is None and heads is None and kv is None:
-        # Every published π0 and π0.5 has one key-value head, and then its rows are the head. A model with
-        # several must say so in its configuration; q rows that this head does not divide are refused.
-        dim = k_rows.value
-        notes.append(f"head_dim {dim}: inferred from {k_rows.where} with one key-value head")
-    if dim is None:
-        text = ", ".join(f"{f} = {said[f].value} ({said[f].where})" for f in ("num_heads", "num_kv_heads") if f in said)
-        raise CheckpointError(f"{text} does not divide {q_rows.where} and {k_rows.where}; correct the configuration")
-    if q_rows.value % dim or k_rows.value % dim:
-        if "head_dim" not in said:
-            raise _need("head_dim", f"not told by the checkpoint, and {dim} does not divide {q_rows.where}")
-        raise CheckpointError(
-            f"head_dim = {dim} ({said['head_dim'].where}) does not divide {q_rows.where} and {k_rows.where}"
-        )
-    split = {"num_heads": q_rows.value // dim, "num_kv_heads": k_rows.value // dim, "head_dim": dim}
-    rows = {"num_heads": q_rows, "num_kv_heads": k_rows, "head_dim": k_rows}
-    for field, value in split.items():
-        if field in said and said[field].value != value:
-            raise CheckpointError(
-                f"{field}: {said[field].where} says {said[field].value}; {rows[field].where} with head_dim {dim} "
-                f"gives {value}. Correct the configuration, or pass config_overrides"
-            )
-    return split
-
-
-def _contradictions(said: Facts, measured: Facts) -> list[str]:
-    lines = []
-    for field, fact in measured.items():
-        if field in said and said[field].value != fact.value:
-            line = f"{field}: {said[field].where} says {said[field].value}, {fact.where} says {fact.value}"
-            if field in dict(LAYERS) and fact.value < said[field].value:
-                line += " (layers are missing: the file is truncated or a shard is absent)"
-            lines.append(line)
-    encoder, decoder = measured.get("num_encoder_layers"), measured.get("num_decoder_layers")
-    if encoder and decoder and encoder.value != decoder.value and not lines:
-        lines.append(
-            f"num_encoder_layers: {encoder.value}, num_decoder_layers: {decoder.value}; each layer of the expert reads "
-            "the keys of the same prefix layer (the file is truncated or a shard is absent)"
-        )
-    return lines
 
 
 def override_facts(overrides: Mapping[str, Any]) -> Facts:
@@ -210,7 +131,14 @@ def infer_config(
             f"expected a complete {family.value} checkpoint; the dimensions cannot be read, these tensors are missing: "
             f"{', '.join(dict.fromkeys(absent))}{explain()}"
         )
-    if lines := _contradictions(said, measured):
+    lines = contradictions(said, measured, dict(LAYERS))
+    encoder, decoder = measured["num_encoder_layers"], measured["num_decoder_layers"]
+    if encoder.value != decoder.value and not lines:
+        lines = [
+            f"num_encoder_layers: {encoder.value}, num_decoder_layers: {decoder.value}; each layer of the expert reads "
+            "the keys of the same prefix layer (the file is truncated or a shard is absent)"
+        ]
+    if lines:
         raise CheckpointError(
             "configuration and tensors contradict each other:\n  "
             + "\n  ".join(lines)
@@ -221,7 +149,7 @@ def infer_config(
     values |= {field: fact.value for field, fact in measured.items()}
     values |= split_heads(_rows(shapes, "q_proj"), _rows(shapes, "k_proj"), said, notes)
     if "vision_num_heads" not in values:
-        raise _need(
+        raise need(
             "vision_num_heads", f"not told by the checkpoint (image tower of width {values['vision_encoder_dim']})"
         )
     if family is VLAModelType.PI0:

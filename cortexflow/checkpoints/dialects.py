@@ -44,6 +44,7 @@ GEMMA_VARIANTS = {
     "dummy": GemmaVariant(64, 4, 128, 8, 1, 16),  # openpi's own test size
 }
 
+FAMILIES = ("pi0", "pi05", "openvla")  # whose checkpoints are read here
 FIELD_TYPES: dict[str, Any] = {field.name: field.type for field in fields(ModelConfig)}
 
 LEROBOT = {
@@ -110,13 +111,15 @@ def state(facts: Facts, field: str, value: Any, where: str) -> None:
     facts.setdefault(field, Fact(value, where))
 
 
-def _translate(config: Mapping[str, Any], table: Mapping[str, str], facts: Facts, where: str) -> None:
+def translate(config: Mapping[str, Any], table: Mapping[str, str], facts: Facts, where: str) -> None:
+    """Record what a section says: `table` leads from its keys to fields; null says nothing."""
     for key, field in table.items():
         if config.get(key) is not None:
             state(facts, field, config[key], f"{where} {key!r}")
 
 
-def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+def section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object within a configuration, empty where there is none."""
     section = config.get(key, {})
     if not isinstance(section, Mapping):
         raise CheckpointError(f"{where} {key!r}: expected an object, found {section!r}")
@@ -124,12 +127,14 @@ def _section(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, An
 
 
 def family_of(value: Any, where: str) -> VLAModelType:
-    """π0 or π0.5 from the name that a config gives it."""
-    if value in ("pi0", "pi05"):
+    """The family that a config's name for it means."""
+    if value in FAMILIES:
         return VLAModelType(value)
     if isinstance(value, VLAModelType):
         return value
-    raise CheckpointError(f"{where}: expected 'pi0' or 'pi05', found {value!r}; other policies are not read here")
+    raise CheckpointError(
+        f"{where}: expected {', '.join(map(repr, FAMILIES))}, found {value!r}; other policies are not read here"
+    )
 
 
 def variant_facts(name: Any, tower: str, where: str) -> Facts:
@@ -163,7 +168,7 @@ def _image_size(config: Mapping[str, Any], facts: Facts, where: str) -> None:
 
 
 def _lerobot_views(config: Mapping[str, Any], facts: Facts, where: str) -> None:
-    features = _section(config, "input_features", where) if config.get("input_features") else {}
+    features = section(config, "input_features", where) if config.get("input_features") else {}
     cameras = {
         name for name, feature in features.items() if isinstance(feature, Mapping) and feature.get("type") == "VISUAL"
     }
@@ -176,27 +181,32 @@ def _lerobot_views(config: Mapping[str, Any], facts: Facts, where: str) -> None:
 
 
 def _nested(config: Mapping[str, Any], facts: Facts, where: str) -> None:
-    _translate(config, NESTED, facts, where)
-    _translate(_section(config, "vision", where), NESTED_VISION, facts, f"{where} 'vision'")
+    translate(config, NESTED, facts, where)
+    translate(section(config, "vision", where), NESTED_VISION, facts, f"{where} 'vision'")
     for key, tower in (("vlm", "encoder"), ("expert", "decoder")):
         table = {k: field.format(tower) for k, field in NESTED_TOWER.items()}
-        _translate(_section(config, key, where), table, facts, f"{where} {key!r}")
+        translate(section(config, key, where), table, facts, f"{where} {key!r}")
 
 
-def read_config(config: Mapping[str, Any], where: str = "config.json") -> tuple[str, list[Facts]]:
-    """The dialect of a config.json, and what it says: layers of facts, the most explicit first."""
+def own_facts(config: Mapping[str, Any], where: str) -> Facts:
+    """What stands under "cortexflow": fields of `ModelConfig` by name."""
     own: Facts = {}
-    for field, value in _section(config, "cortexflow", where).items():
+    for field, value in section(config, "cortexflow", where).items():
         if field not in FIELD_TYPES:
             raise CheckpointError(f"{where} 'cortexflow': ModelConfig has no field {field!r}")
         if field == "model_type":
             value = family_of(value, f"{where} 'cortexflow' 'model_type'")
         state(own, field, value, f"{where} 'cortexflow' {field!r}")
-    said: Facts = {}
+    return own
+
+
+def read_config(config: Mapping[str, Any], where: str = "config.json") -> tuple[str, list[Facts]]:
+    """The dialect of a config.json, and what it says: layers of facts, the most explicit first."""
+    own, said = own_facts(config, where), Facts()
     if "type" in config:
         dialect = "lerobot"
         state(said, "model_type", family_of(config["type"], f"{where} 'type'"), f"{where} 'type'")
-        _translate(config, LEROBOT, said, where)
+        translate(config, LEROBOT, said, where)
         _image_size(config, said, where)
         _lerobot_views(config, said, where)
     elif "model" in config and "vlm" in config:
@@ -208,7 +218,7 @@ def read_config(config: Mapping[str, Any], where: str = "config.json") -> tuple[
         if isinstance(config.get("pi05"), bool):
             family = VLAModelType.PI05 if config["pi05"] else VLAModelType.PI0
             state(said, "model_type", family, f"{where} 'pi05'")
-        _translate(config, OPENPI, said, where)
+        translate(config, OPENPI, said, where)
     elif own:
         dialect = "cortexflow"
     else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cortexflow.checkpoints.config import LAYERS, measure
+from cortexflow.checkpoints import config, openvla
 from cortexflow.checkpoints.names import LORA, never_read, norms_family, projections_family
 from cortexflow.checkpoints.tensors import LazyTensor
 from cortexflow.errors import CheckpointError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 SHOWN = 12  # lines of a list before it is cut
-LAYER = re.compile(r"\.layers\.(\d+)\.")
+LAYER = re.compile(r"\.(layers|blocks)\.(\d+)\.")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTISED = re.compile(
     r"\.(weight_scale(_inv)?|input_scale|qweight|qzeros|scales|SCB|weight_format|absmax|quant_state)"
@@ -45,7 +45,7 @@ def group_names(names: Iterable[str]) -> list[str]:
     groups: dict[str, list[int]] = {}
     for name in names:
         match = LAYER.search(name)
-        groups.setdefault(LAYER.sub(".layers.{}.", name, count=1), []).extend([int(match[1])] if match else [])
+        groups.setdefault(LAYER.sub(r".\1.{}.", name, count=1), []).extend([int(match[2])] if match else [])
     return [
         pattern.replace("{}", "{" + ranges(layers) + "}", 1) + (f" ({len(layers)})" if len(layers) > 1 else "")
         if layers
@@ -68,8 +68,8 @@ def _whole_layers_missing(missing: Collection[str], expected: Collection[str]) -
     for names, table in ((expected, per_stack), (missing, lost)):
         for name in names:
             if match := LAYER.search(name):
-                layers = table.setdefault(name[: match.start()] + ".layers", {})
-                layers[int(match[1])] = layers.get(int(match[1]), 0) + 1
+                layers = table.setdefault(f"{name[: match.start()]}.{match[1]}", {})
+                layers[int(match[2])] = layers.get(int(match[2]), 0) + 1
     lines = []
     for stack, layers in lost.items():
         if whole := [i for i, count in layers.items() if count == per_stack[stack][i]]:
@@ -124,10 +124,10 @@ def likely_reasons(
 def _other_dimensions(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
     """Configuration fields on which checkpoint and graph differ, when the shapes tell."""
     try:
-        here, there = measure(found), measure(expected)
+        here, there = (config.measure(shapes) | openvla.measure(shapes) for shapes in (found, expected))
     except CheckpointError:
         return []
-    depth = dict(LAYERS)
+    depth = dict(config.LAYERS + openvla.LAYERS)
     lines = [
         f"{field} is {here[field].value} in the checkpoint and {there[field].value} in the graph"
         for field in here

@@ -42,6 +42,10 @@ GROUPS: tuple[tuple[str, str], ...] = (
     (EMBEDDING, "embedding"),
     (ENCODER, "encoder"),
     (DECODER, "decoder"),
+    ("vision_backbone.", "vision"),
+    ("projector.", "projector"),
+    ("language_model.model.embed_tokens.", "embedding"),
+    ("language_model.model.", "encoder"),
     ("", "action"),
 )
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-FAMILIES = {"pi0": "π0", "pi05": "π0.5"}
+FAMILIES = {"pi0": "π0", "pi05": "π0.5", "openvla": "OpenVLA"}
 FORMATS = {
     "lerobot": "LeRobot",
     "openpi": "openpi (PyTorch)",
     "openpi-jax": "openpi (JAX)",
     "realtime-vla": "realtime-vla",
+    "openvla": "OpenVLA (Hugging Face)",
 }
 
 

@@ -67,12 +67,14 @@ class Target:
 # What an input or a result holds, where its name is one that policies use.
 MEANINGS = {
     "images": "RGB in [-1, 1]: [batch, views, height, width, channels]",
+    "pixel_values": "RGB, normalised for each image tower: [batch, channels, height, width]",
     "image_mask": "true: this camera is there",
     "tokens": "token ids of the prompt, padded at the end",
     "token_mask": "true: this token counts",
     "state": "normalised state, padded with zeros",
     "noise": "normal noise that the flow starts from",
     "actions": "normalised actions",
+    "token_ids": "tokens that the policy emitted",
 }
 
 

@@ -1,6 +1,6 @@
 """Model families as graphs: one file per family, one per block that families share."""
 
-from cortexflow.models import pi0, pi05
+from cortexflow.models import openvla, pi0, pi05
 from cortexflow.models.base import MODELS, VLAModel, create_model, register_model
 from cortexflow.models.config import ModelConfig, Signature, VLAModelType
 
@@ -11,6 +11,7 @@ __all__ = [
     "VLAModel",
     "VLAModelType",
     "create_model",
+    "openvla",
     "pi0",
     "pi05",
     "register_model",

@@ -24,8 +24,9 @@ class ModelConfig:
     """Every dimension a model family is built from. Defaults are those of the released π0.5.
 
     A checkpoint overrides what it tells (`cortexflow.checkpoints`); what no checkpoint tells keeps
-    its default. `vision_*` is the image tower, `encoder_*` the language model that reads the
-    prefix, `decoder_*` the tower that produces actions.
+    its default. `vision_*` is the image tower (of several the SigLIP one), `encoder_*` the language
+    model that reads the prefix, `decoder_*` the tower that produces actions. `released` has the
+    dimensions of other released models.
     """
 
     model_type: VLAModelType | str = VLAModelType.PI05
@@ -57,6 +58,15 @@ class ModelConfig:
     time_min_period: float = 4e-3
     time_max_period: float = 4.0
     folded_time_steps: int | None = None  # π0 file whose time and head are folded for this many steps
+    dino_dim: int = 1024  # width of the DINOv2 tower beside the first (OpenVLA)
+    dino_num_layers: int = 24
+    dino_num_heads: int = 16
+    dino_mlp_dim: int = 4096
+    dino_registers: int = 4  # tokens between the class token and the patches
+    num_action_bins: int = 256  # of [-1, 1], where actions are tokens; their ids end the tokenizer's vocabulary
+    vocab_padding: int = 64  # of vocab_size, rows behind the tokenizer's vocabulary
+    eos_token_id: int = 2  # ends a token decoder
+    pad_token_id: int = 32000  # what stands behind the end
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -79,6 +89,15 @@ class ModelConfig:
                 f"ModelConfig.image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"
             )
 
+    @classmethod
+    def released(cls, model_type: VLAModelType) -> ModelConfig:
+        """The dimensions of a family's released model. Raises `ConfigError` for a family that is not here."""
+        if model_type not in RELEASED:
+            raise ConfigError(
+                f"no released dimensions are known of {model_type!r}; there are {', '.join(t.value for t in RELEASED)}"
+            )
+        return cls(model_type=model_type, **RELEASED[model_type])
+
     @property
     def num_patches(self) -> int:
         """Image tokens per view."""
@@ -90,6 +109,30 @@ class ModelConfig:
         if unknown := sorted(set(changes) - known):
             raise ConfigError(f"ModelConfig has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         return replace(self, **changes)
+
+
+# Where released models differ from the defaults.
+RELEASED: dict[VLAModelType, dict[str, Any]] = {
+    VLAModelType.PI05: {},
+    VLAModelType.PI0: {"max_token_len": 48},
+    VLAModelType.OPENVLA: {
+        "encoder_dim": 4096,
+        "decoder_dim": 4096,
+        "num_encoder_layers": 32,
+        "num_decoder_layers": 32,
+        "encoder_mlp_dim": 11008,
+        "decoder_mlp_dim": 11008,
+        "num_heads": 32,
+        "num_kv_heads": 32,
+        "head_dim": 128,
+        "vocab_size": 32064,
+        "action_dim": 7,
+        "chunk_size": 1,
+        "num_diffusion_steps": 1,
+        "max_token_len": 64,
+        "num_views": 1,
+    },
+}
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,11 @@ class Params:
         key = f"{self.prefix}.{name}" if self.prefix else name
         return cast(weight(key=key, type=Type("f32", shape)), dtype=self.dtype)
 
-    def linear(self, x: Value, out: int, bias: bool = False) -> Value:
-        """x [..., in] through a PyTorch linear layer: `weight` [out, in] and, where told, `bias` [out]."""
+    def linear(self, x: Value, out: int, bias: bool = False, result: str | None = None) -> Value:
+        """x [..., in] through a PyTorch linear layer: `weight` [out, in] and, where told, `bias` [out].
+
+        `result` is the dtype of the product where it is not that of these parameters.
+        """
         w = transpose(self.to("f32").get("weight", out, x.type.shape[-1]), perm=(1, 0))
-        y = matmul(x, cast(w, dtype=self.dtype))
+        y = matmul(x, cast(w, dtype=self.dtype), dtype=None if result == self.dtype else result)
         return add(y, self.get("bias", out)) if bias else y

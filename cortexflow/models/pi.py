@@ -33,9 +33,10 @@ from cortexflow.ir.ops import (
     sub,
 )
 from cortexflow.models.config import ModelConfig, Signature
-from cortexflow.models.gemma import Norm, Tower, attend_within, layer, plain_norm, rotation
+from cortexflow.models.gemma import ACT, plain_norm
 from cortexflow.models.params import Params
 from cortexflow.models.siglip import vision_transformer
+from cortexflow.models.transformer import Norm, Tower, attend_within, layer, rotation
 
 VLM = "paligemma_with_expert.paligemma.model"
 EXPERT = "paligemma_with_expert.gemma_expert.model"
@@ -43,12 +44,12 @@ EXPERT = "paligemma_with_expert.gemma_expert.model"
 
 def encoder_tower(c: ModelConfig) -> Tower:
     """The prefix tower (Gemma 2B in the released models)."""
-    return Tower(c.encoder_dim, c.encoder_mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.norm_eps)
+    return Tower(c.encoder_dim, c.encoder_mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.norm_eps, ACT)
 
 
 def expert_tower(c: ModelConfig) -> Tower:
     """The action expert (Gemma 300M in the released models); heads as in the prefix tower."""
-    return Tower(c.decoder_dim, c.decoder_mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.norm_eps)
+    return Tower(c.decoder_dim, c.decoder_mlp_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.norm_eps, ACT)
 
 
 def vision_encoder(c: ModelConfig, s: Signature, dtype: str) -> Func:

@@ -29,8 +29,9 @@ from cortexflow.ir.ops import (
 from cortexflow.models import pi
 from cortexflow.models.base import VLAModel, register_model
 from cortexflow.models.config import ModelConfig, Signature, VLAModelType
-from cortexflow.models.gemma import Norm, plain_norm
+from cortexflow.models.gemma import plain_norm
 from cortexflow.models.params import Params
+from cortexflow.models.transformer import Norm
 
 
 @register_model

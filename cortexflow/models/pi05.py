@@ -12,8 +12,9 @@ from cortexflow.ir.ops import act, broadcast_to, cast, scalar
 from cortexflow.models import pi
 from cortexflow.models.base import VLAModel, register_model
 from cortexflow.models.config import ModelConfig, Signature, VLAModelType
-from cortexflow.models.gemma import Norm, adaptive_norm
+from cortexflow.models.gemma import adaptive_norm
 from cortexflow.models.params import Params
+from cortexflow.models.transformer import Norm
 
 
 @register_model

@@ -1,54 +1,43 @@
-"""The SigLIP vision transformer, by the names of its Hugging Face checkpoints.
+"""The SigLIP image towers, by the names of their checkpoints: Hugging Face's (π) and timm's (OpenVLA).
 
-Source: big_vision / openpi `src/openpi/models/siglip.py`; transformers `SiglipVisionModel`. Pre-norm
-blocks, tanh GELU, LayerNorm, learned positions, no class token, no pooling.
+Source: big_vision / openpi `src/openpi/models/siglip.py`; transformers `SiglipVisionModel`; timm
+`vit_so400m_patch14_siglip_224`. Learned positions, no class token, no pooling here. timm's runs with
+the erf GELU, and OpenVLA takes its features before the last block, without a final norm.
 """
 
 from __future__ import annotations
 
 from cortexflow.ir import Value, named, scope
-from cortexflow.ir.ops import act, add, attention, cast, conv2d, layer_norm, reshape, transpose
+from cortexflow.ir.ops import add, cast, transpose
 from cortexflow.models.config import ModelConfig
 from cortexflow.models.params import Params
+from cortexflow.models.vit import HUGGING_FACE, TIMM, BlockNames, ImageTower, blocks, norm, patches
 
 
 def vision_transformer(images: Value, c: ModelConfig, p: Params) -> Value:
     """Images f32 [n, h, w, 3] in [-1, 1] → features [n, patches, width] in the precision of `p`."""
-    x = named(_patches(images, c, p.at("embeddings").to("f32")), "vision_embed")
-    x = cast(x, dtype=p.dtype)
-    for i in range(c.vision_num_layers):
-        with scope(f"layers.{i}"):
-            x = named(_layer(x, c, p.at(f"encoder.layers.{i}")), f"vision_layer_{i}")
+    t = _tower(c, "gelu_tanh", HUGGING_FACE)
+    x = transpose(images, perm=(0, 3, 1, 2))
+    x = _embedded(x, t, p.to("f32"), "embeddings.patch_embedding", "embeddings.position_embedding.weight")
+    x = cast(named(x, "vision_embed"), dtype=p.dtype)
+    x = blocks(x, t, p.at("encoder.layers"), c.vision_num_layers, "vision_layer")
     with scope("post_layernorm"):
-        return named(norm(x, c.vision_norm_eps, p.at("post_layernorm")), "siglip")
+        return named(norm(x, t.eps, p.at("post_layernorm")), "siglip")
 
 
-def norm(x: Value, eps: float, p: Params) -> Value:
-    """LayerNorm with the tensors `weight` and `bias`."""
-    width = x.type.shape[-1]
-    return layer_norm(x, p.get("weight", width), p.get("bias", width), eps=eps)
+def features(pixels: Value, c: ModelConfig, p: Params) -> Value:
+    """Pixels f32 [n, 3, h, w], normalised → the residual stream before the last block [n, patches, width]."""
+    t = _tower(c, "gelu", TIMM)
+    x = cast(_embedded(pixels, t, p.to("f32"), "patch_embed.proj", "pos_embed", 1), dtype=p.dtype)
+    return blocks(x, t, p.at("blocks"), c.vision_num_layers - 1, "siglip_layer")
 
 
-def _patches(images: Value, c: ModelConfig, p: Params) -> Value:
-    """Non-overlapping patches, row by row, plus their positions; float32, as every reference does."""
-    n, size, width = images.type.shape[0], c.patch_size, c.vision_encoder_dim
+def _tower(c: ModelConfig, act: str, names: BlockNames) -> ImageTower:
+    sizes = (c.vision_encoder_dim, c.vision_num_heads, c.vision_mlp_dim, c.patch_size, c.num_patches)
+    return ImageTower(*sizes, c.vision_norm_eps, act, names)
+
+
+def _embedded(images: Value, t: ImageTower, p: Params, kernel: str, positions: str, *lead: int) -> Value:
+    """Patches plus their learned positions [*lead, patches, width]; float32, as every reference does."""
     with scope("patch_embed"):
-        kernel = p.get("patch_embedding.weight", width, 3, size, size)
-        bias = p.get("patch_embedding.bias", width)
-        grid = conv2d(transpose(images, perm=(0, 3, 1, 2)), kernel, bias, stride=(size, size))
-        x = transpose(reshape(grid, shape=(n, width, c.num_patches)), perm=(0, 2, 1))
-        return add(x, p.get("position_embedding.weight", c.num_patches, width))
-
-
-def _layer(x: Value, c: ModelConfig, p: Params) -> Value:
-    n, m, width = x.type.shape
-    heads = (n, m, c.vision_num_heads, width // c.vision_num_heads)
-    with scope("attn"):
-        y = norm(x, c.vision_norm_eps, p.at("layer_norm1"))
-        q, k, v = (reshape(p.at(f"self_attn.{t}_proj").linear(y, width, bias=True), shape=heads) for t in "qkv")
-        y = reshape(attention(q, k, v, scale=heads[3] ** -0.5), shape=(n, m, width))
-        x = add(x, p.at("self_attn.out_proj").linear(y, width, bias=True))
-    with scope("mlp"):
-        y = norm(x, c.vision_norm_eps, p.at("layer_norm2"))
-        y = act(p.at("mlp.fc1").linear(y, c.vision_mlp_dim, bias=True), kind="gelu_tanh")
-        return add(x, p.at("mlp.fc2").linear(y, width, bias=True))
+        return add(patches(images, t, p.at(kernel)), p.get(positions, *lead, t.num_patches, t.width))

@@ -1,15 +1,35 @@
-"""Common subexpressions: two ops with the same name, operands and attributes become one."""
+"""Common subexpressions: two ops with the same name, operands and attributes become one.
+
+Stages that prepare the same weight in the same way then read one.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cortexflow.ir.core import Block, Module, Op, Value, substitute
+from cortexflow.ir.core import PREPARE, Block, Module, Op, Value, substitute
 
 
 def cse(module: Module) -> int:
     """Merge equal ops, also with those of enclosing blocks; returns how many went."""
-    return sum(_block(f.block, {}) for f in module.funcs.values())
+    removed = 0
+    for func in module.funcs.values():  # `prepare` first: weights that turn out equal are one op in a stage
+        removed += _block(func.block, {})
+        removed += _one_name(module) if func.name == PREPARE else 0
+    return removed
+
+
+def _one_name(module: Module) -> int:
+    """A weight that `prepare` returns under several names keeps the first; returns how many names went."""
+    results, first = module.funcs[PREPARE].results, dict[Value, str]()
+    kept = {name: first.setdefault(v, name) for name, v in results.items()}
+    end = module.funcs[PREPARE].block.ops[-1]
+    end.attrs, end.inputs = {**end.attrs, "names": tuple(first.values())}, list(first)
+    for stage in module.stages:
+        for op in stage.block.walk():
+            if op.name == "weight" and op.attrs["key"] in kept:
+                op.attrs["key"] = kept[op.attrs["key"]]
+    return len(results) - len(first)
 
 
 def _block(block: Block, seen: dict[Any, Op]) -> int:

@@ -146,7 +146,7 @@ def test_bad_config_json(data, tmp_path):
         ("{", "expected JSON"),
         ("[1]", "expected a JSON object"),
         ("{}", r"found the keys \(none\)"),
-        ('{"type": "act"}', "expected 'pi0' or 'pi05', found 'act'"),
+        ('{"type": "act"}', "expected 'pi0', 'pi05', 'openvla', found 'act'"),
         ('{"type": "pi0", "image_resolution": [224, 200]}', "square images"),
         ('{"type": "pi0", "image_resolution": [224, 224]}', "image_size: .* says 224, tensor .* says 28"),
         ('{"type": "pi0", "chunk_size": -1}', "'chunk_size': expected a positive integer"),
