@@ -37,12 +37,12 @@ from cortexflow.processing import (
     stats_file,
     suits,
 )
-from cortexflow.processing.action_tokens import load_bins
+from cortexflow.processing.action_tokens import Bins
 from cortexflow.processing.arrays import Floats
 from cortexflow.processing.normalise import MODES
 from cortexflow.processing.robots import SLOTS
 from cortexflow.processing.stats_lerobot import LEROBOT_STEPS
-from cortexflow.processing.towers import PREPROCESSOR_CONFIG, load_towers
+from cortexflow.processing.towers import PREPROCESSOR_CONFIG, Tower, load_towers
 
 CAMERA = "observation.images."  # LeRobot's prefix of a camera's name
 
@@ -141,7 +141,9 @@ def find_processing(checkpoint: Checkpoint, signature: Signature, chosen: str | 
             f"was trained; {_presets(family)} (on the command line: --processing NAME)"
         )
     if rules.towers and not isinstance(chosen, Processing):
-        rules = replace(rules, **_tower_options(checkpoint))
+        rules = replace(rules, towers=checkpoint_towers(checkpoint))
+    if rules.action_bins:
+        rules = replace(rules, action_bins=Bins(config.num_action_bins, config.vocab_size - config.vocab_padding))
     return replace(
         rules,
         views=signature.views,
@@ -165,8 +167,10 @@ def family_of(checkpoint: Checkpoint) -> str:
     return VLAModelType(checkpoint.config.model_type).value
 
 
-def _tower_options(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the files of a network with several image towers say about pictures and action tokens."""
+def checkpoint_towers(checkpoint: Checkpoint) -> tuple[Tower, ...]:
+    """How the image towers of a checkpoint scale pixels, as the file beside it says; of a dictionary as released."""
+    if checkpoint.path is None:
+        return FAMILIES[family_of(checkpoint)].towers
     place, config = directory(checkpoint), checkpoint.config
     size, towers = load_towers(place)
     if size != config.image_size:
@@ -174,7 +178,7 @@ def _tower_options(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{place / PREPROCESSOR_CONFIG}: expected pictures of {config.image_size} pixels, as the weights do, found "
             f"{size}; copy the file that belongs to this checkpoint"
         )
-    return {"towers": towers, "action_bins": load_bins(place, config.vocab_size)}
+    return towers
 
 
 def camera_names(checkpoint: Checkpoint, views: int) -> tuple[str, ...]:

@@ -7,17 +7,14 @@ Source: openvla prismatic/vla/action_tokenizer.py, prismatic/extern/hf/modeling_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from cortexflow.errors import CheckpointError, InputError
+from cortexflow.errors import InputError
 from cortexflow.processing.arrays import Floats, as_floats, to_numpy
-from cortexflow.processing.stats import read_json
 
 
 class Bins(NamedTuple):
@@ -28,29 +25,6 @@ class Bins(NamedTuple):
 
 
 LLAMA_BINS = Bins()
-PADDING = 64  # rows behind the vocabulary, where config.json does not say
-
-
-def load_bins(directory: str | Path, vocab_size: int) -> Bins:
-    """The bins of a checkpoint, of whose `vocab_size` rows the last ones only pad, as its config.json says.
-
-    Raises CheckpointError for a file that is damaged, or whose vocabulary has no room for the bins.
-    """
-    file = Path(directory) / "config.json"
-    content = read_json(file) if file.is_file() else {}
-    found = []
-    for key, default in (("n_action_bins", LLAMA_BINS.edges), ("pad_to_multiple_of", PADDING)):
-        value = content.get(key, default) if isinstance(content, Mapping) else None
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= vocab_size:
-            raise CheckpointError(
-                f"{file}: expected {key} to be a number up to the {vocab_size} of the vocabulary, found {value!r:.80}"
-            )
-        found.append(value)
-    edges, padding = found
-    if edges < 2 or vocab_size - padding < edges:
-        most = vocab_size - padding
-        raise CheckpointError(f"{file}: expected n_action_bins from 2 to the {most} pieces there are, found {edges}")
-    return Bins(edges, vocab_size - padding)
 
 
 def bin_centres(edges: int = 256) -> Floats:
