@@ -122,7 +122,12 @@ def _demo(args: argparse.Namespace) -> int:
     _section("Checkpoint", _checkpoint(checkpoint, home))
 
     frontend = load_frontend(
-        checkpoint, signature, processing=args.processing, tokenizer=args.tokenizer, stats=args.stats
+        checkpoint,
+        signature,
+        processing=args.processing,
+        tokenizer=args.tokenizer,
+        stats=args.stats,
+        asset_id=args.asset,
     )
     given = numbers(args.state)
     state = np.asarray(given or (STATE if args.checkpoint is None else typical_state(frontend)))

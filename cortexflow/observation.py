@@ -286,9 +286,9 @@ def robot_actions(frontend: Frontend, answer: Tensor, state: Any = None) -> Floa
 
 def typical_state(frontend: Frontend) -> Floats:
     """A state the robot could be in: the mean of its statistics, or the middle of their range."""
-    if frontend.stats is None:
+    known = frontend.stats["state"] if frontend.stats else {}
+    if not known:
         return np.zeros(frontend.processing.state_dim)
-    known = frontend.stats["state"]
     return known["mean"] if "mean" in known else (known["q01"] + known["q99"]) / 2
 
 
