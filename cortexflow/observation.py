@@ -27,6 +27,7 @@ from cortexflow.processing import (
     Processing,
     PromptTokenizer,
     Stats,
+    asset_ids,
     check_stats,
     finish_actions,
     lerobot_options,
@@ -162,6 +163,16 @@ def needs_no_robot(checkpoint: Checkpoint) -> bool:
     return checkpoint.format == "lerobot" or family_of(checkpoint) in ONE_CAMERA
 
 
+def reads_state(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's family reads the robot's state; one that emits tokens does not."""
+    return FAMILIES[family_of(checkpoint)].action_bins is None
+
+
+def several_statistics(checkpoint: Checkpoint) -> bool:
+    """Whether there are statistics of several robots or data sets in a checkpoint's directory."""
+    return checkpoint.path is not None and len(asset_ids(directory(checkpoint))) > 1
+
+
 def family_of(checkpoint: Checkpoint) -> str:
     """The name of a checkpoint's family."""
     return VLAModelType(checkpoint.config.model_type).value
@@ -271,12 +282,17 @@ def _check_prompt(frontend: Frontend, prompt: str | None) -> None:
         raise InputError("prompt: expected the instruction, found None (on the command line: --prompt TEXT)")
 
 
+def network_actions(results: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Of what a compiled policy returns the normalised actions [batch, chunk, action]."""
+    return results if isinstance(results, Tensor) else results["actions"]
+
+
 def network_answer(frontend: Frontend, results: Tensor | Mapping[str, Tensor]) -> Tensor:
     """Of what a compiled policy returns what `robot_actions` takes: `token_ids` [batch, chunk * action] of a network
     that emits tokens, else the `actions` [batch, chunk, action]."""
-    if isinstance(results, Tensor):
-        return results
-    return results["token_ids" if frontend.processing.action_bins else "actions"]
+    if frontend.processing.action_bins and not isinstance(results, Tensor):
+        return results["token_ids"]
+    return network_actions(results)
 
 
 def robot_actions(frontend: Frontend, answer: Tensor, state: Any = None) -> Floats:

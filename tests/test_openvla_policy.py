@@ -217,6 +217,7 @@ def test_inspect_and_doctor(place: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "OpenVLA" in shown
     assert "32,000 pieces" in shown
     assert "those of bridge_orig, toy_no_mask" in shown  # none is chosen
+    assert shown.endswith("--prompt 'pick up the red cube and put it on the plate' --asset ID\n")
     assert main(["doctor", str(place), "--json", "--quick"]) in (0, 1)
     told = json.loads(capsys.readouterr().out)
     assert told["problems"] == []
