@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from cortexflow.errors import InputError
-from cortexflow.processing.arrays import Floats, as_floats, shape_of, to_numpy
+from cortexflow.processing.arrays import Floats, as_floats, shape_of
 from cortexflow.processing.images import check_picture
 from cortexflow.processing.robots import Robot
 
@@ -200,7 +200,7 @@ def _vectors(key: str, value: Any, size: int, count: int, batched: bool) -> Floa
         names = f"({count}, {size or 'values'})" if batched else f"({size or 'values'},)"
         raise InputError(f"{key}: expected shape {names}, found {shape}{_why(shape, batched)}")
     if scalar:
-        value = np.asarray(to_numpy(value)).reshape(wanted)
+        value = (value if isinstance(value, torch.Tensor) else np.asarray(value)).reshape(wanted)
     return as_floats(value, key).reshape(count, -1)
 
 

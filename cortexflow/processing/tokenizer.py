@@ -60,7 +60,7 @@ def _from_sentencepiece(file: Path) -> PromptTokenizer:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(file.read_bytes())
-    except (RuntimeError, OSError) as reason:
+    except (RuntimeError, OSError, ValueError) as reason:  # ValueError: pieces that are not UTF-8
         raise CheckpointError(
             f"{file}: expected a sentencepiece model, found something else ({reason}); download the tokenizer again"
         ) from reason
