@@ -192,8 +192,11 @@ def _image_size(config: Mapping[str, Any], said: Facts, where: str) -> None:
 
 def _towers(config: Mapping[str, Any], said: Facts, where: str) -> None:
     """Heads and depths: by timm's names, or as `vision_towers` says."""
-    for name in config.get("timm_model_ids") or ():
-        for field, value in TIMM.get(name, {}).items() if isinstance(name, str) else ():
+    names = config.get("timm_model_ids") or []
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{where} 'timm_model_ids': expected a list of names, found {names!r}")
+    for name in names:
+        for field, value in TIMM.get(name, {}).items():
             state(said, field, value, f"{where} 'timm_model_ids' {name!r}")
     towers = config.get("vision_towers")
     if towers is None:

@@ -15,8 +15,8 @@ from cortexflow.codegen import TARGETS
 from cortexflow.errors import CortexFlowError
 
 DESCRIPTION = """\
-CortexFlow compiles Vision-Language-Action policies. CHECKPOINT is a directory of LeRobot or openpi
-(PyTorch or JAX), a .safetensors file, or a .pt file of realtime-vla."""
+CortexFlow compiles Vision-Language-Action policies. CHECKPOINT is a directory of LeRobot, openpi
+(PyTorch or JAX) or OpenVLA, a .safetensors file, or a .pt file of realtime-vla."""
 EPILOG = """\
 examples:
   cortexflow inspect checkpoints/pi05

@@ -148,22 +148,40 @@ def _run_command(checkpoint: Checkpoint, signature: Signature, size: int, found:
 
 def dimensions(facts: Mapping[str, Any]) -> dict[str, str]:
     """What a checkpoint is and how large, for two columns."""
-    c, s = facts["config"], facts["signature"]
-    heads = f"{c['num_heads']} heads of {c['head_dim']}"
-    dtypes = facts["dtypes"]
-    return {
+    c, s, dtypes = facts["config"], facts["signature"], facts["dtypes"]
+    rows = {
         "format": FORMATS[facts["format"]],
         "family": FAMILIES.get(facts["family"], facts["family"]),
         "stored as": ", ".join(f"{name}" if len(dtypes) == 1 else f"{name} ({n:,})" for name, n in dtypes.items()),
         "image tower": f"{c['vision_num_layers']} layers, width {c['vision_encoder_dim']}, {c['vision_num_heads']}"
         f" heads, MLP {c['vision_mlp_dim']}; {c['image_size']} px in patches of {c['patch_size']}",
+    }
+    rows |= _token_rows(c, s) if facts["family"] == VLAModelType.OPENVLA.value else _flow_rows(c, s)
+    return rows | {"cameras": ", ".join(facts["cameras"])}
+
+
+def _flow_rows(c: Mapping[str, Any], s: Mapping[str, int]) -> dict[str, str]:
+    """The towers and the signature of a family whose expert follows a flow."""
+    heads = f"{c['num_heads']} heads of {c['head_dim']}"
+    return {
         "prefix tower": f"{c['num_encoder_layers']} layers, width {c['encoder_dim']}, {heads}"
         f" ({c['num_kv_heads']} for keys), MLP {c['encoder_mlp_dim']}; vocabulary {c['vocab_size']:,}",
         "action expert": f"{c['num_decoder_layers']} layers, width {c['decoder_dim']}, {heads},"
         f" MLP {c['decoder_mlp_dim']}",
         "signature": f"{s['views']} views, {s['prompt']} prompt tokens, chunk {s['chunk']} x {c['action_dim']},"
         f" {s['steps']} flow steps",
-        "cameras": ", ".join(facts["cameras"]),
+    }
+
+
+def _token_rows(c: Mapping[str, Any], s: Mapping[str, int]) -> dict[str, str]:
+    """The same of a family whose language model emits actions as tokens."""
+    return {
+        "DINOv2 tower": f"{c['dino_num_layers']} layers, width {c['dino_dim']}, {c['dino_num_heads']} heads,"
+        f" MLP {c['dino_mlp_dim']}; {c['dino_registers']} registers",
+        "language model": f"{c['num_encoder_layers']} layers, width {c['encoder_dim']}, {c['num_heads']} heads of"
+        f" {c['head_dim']} ({c['num_kv_heads']} for keys), MLP {c['encoder_mlp_dim']}; vocabulary {c['vocab_size']:,}",
+        "signature": f"{s['prompt']} prompt tokens, {s['chunk'] * c['action_dim']} action tokens of"
+        f" {c['num_action_bins'] - 1} bins",
     }
 
 

@@ -381,8 +381,7 @@ class _Method:
         step, *args = op.body.args
         carried = [self.name(a) for a in args]
         if carried:
-            init = ", ".join(self.operand(v, op) for v in op.inputs)
-            self.lines.append(f"{indent}{', '.join(carried)} = {init}")
+            self.assign(carried, [self.operand(v, op) for v in op.inputs], indent)
             self.let_go(op.inputs, own, indent)
         counter = self.taken.new(f"{self.name(step)}_number")
         self.lines.append(f"{indent}for {counter} in range({op.attrs['trips']}):  # {_line(op.note)}".rstrip(" #"))
@@ -398,6 +397,15 @@ class _Method:
             self.names[out] = name
         self.let_go([], own, indent, [*uses(op.body), *op.outputs])
 
+    def assign(self, names: list[str], values: list[str], indent: str) -> None:
+        """Give several names their values at once."""
+        line = f"{indent}{', '.join(names)} = {', '.join(values)}"
+        if len(line) <= _WIDTH:
+            self.lines.append(line)
+        else:
+            *first, last = _wrapped(f"{indent}(", names, f"{_closing(names)} = (")
+            self.lines += [*first, *_wrapped(last, values, _closing(values), indent)]
+
     def end_of_step(self, op: Op, indent: str, own: set[Value], carried: list[str]) -> None:
         """Hand the yielded values to the next step, and stop where the body says so."""
         names = [self.operand(v, op) for v in op.inputs]
@@ -406,7 +414,7 @@ class _Method:
             self.lines.append(f"{indent}{(stopping := self.taken.new('stop'))} = {stop}")
             stop = stopping
         if carried:
-            self.lines.append(f"{indent}{', '.join(carried)} = {', '.join(names)}")
+            self.assign(carried, names, indent)
         self.let_go(op.inputs, {v for v in own if self.names.get(v) not in (*carried, stop)}, indent)
         if stop:
             self.lines += [f"{indent}if bool({stop}):", f"{indent}    break"]

@@ -79,11 +79,12 @@ class ModelConfig:
             raise ConfigError(
                 f"ModelConfig.num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
             )
-        if self.vision_encoder_dim % self.vision_num_heads:
-            raise ConfigError(
-                f"ModelConfig.vision_encoder_dim={self.vision_encoder_dim} must be a multiple of "
-                f"vision_num_heads={self.vision_num_heads}; give the image tower's head count"
-            )
+        for width, heads in (("vision_encoder_dim", "vision_num_heads"), ("dino_dim", "dino_num_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ConfigError(
+                    f"ModelConfig.{width}={getattr(self, width)} must be a multiple of "
+                    f"{heads}={getattr(self, heads)}; give the image tower's head count"
+                )
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"ModelConfig.image_size={self.image_size} must be a multiple of patch_size={self.patch_size}"

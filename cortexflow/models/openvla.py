@@ -84,8 +84,6 @@ def _check(c: ModelConfig, s: Signature) -> None:
         )
     if min(c.vision_num_layers, c.dino_num_layers) < 2:
         raise ConfigError("OpenVLA reads its image towers before their last block: each needs two layers at least")
-    if c.dino_dim % c.dino_num_heads:
-        raise ConfigError(f"dino_dim={c.dino_dim} must be a multiple of dino_num_heads={c.dino_num_heads}")
     if c.pad_token_id >= c.vocab_size or c.num_action_bins < 2 or _words(c) < c.num_action_bins:
         raise ConfigError(
             f"expected a vocabulary that holds pad_token_id={c.pad_token_id} and, before its last "
@@ -94,6 +92,11 @@ def _check(c: ModelConfig, s: Signature) -> None:
         )
     if s.views != 1:
         raise ConfigError(f"OpenVLA sees one picture: expected views=1, found {s.views}")
+    if s.chunk != c.chunk_size:
+        raise ConfigError(
+            f"OpenVLA emits as many actions at once as it was trained on: expected chunk={c.chunk_size}, found "
+            f"{s.chunk}; for a model that was fine-tuned on more, say so in its configuration (chunk_size)"
+        )
     if s.steps != c.num_diffusion_steps:
         raise ConfigError(f"OpenVLA has no flow: steps={s.steps} does not apply; leave it out")
     if s.prompt < 2:
@@ -190,9 +193,12 @@ def _further_tokens(c: ModelConfig, s: Signature, p: Params, first: Value, lengt
     """The tokens behind the first: ids i32 [b, count], from a loop that carries their cache."""
     b, slots, count = s.batch, _slots(c, s), _generated(c, s) - 1
     tower, pad = llama.tower(c), scalar(c.pad_token_id, "i32")
+    carried = ["token", "ended", "ids", "position", *(f"own_{n}_{i}" for i in range(len(prefix)) for n in "kv")]
     valid = reshape(lt(iota(size=slots), reshape(length, shape=(b, 1))), shape=(b, 1, slots))
 
     def step(i: Value, token: Value, ended: Value, ids: Value, position: Value, *flat: Value) -> list[Value]:
+        for v, name in zip((token, ended, ids, position, *flat), carried, strict=True):
+            named(v, name)
         x = llama.embed(reshape(token, shape=(b, 1)), c, p)
         written = broadcast_to(reshape(le(iota(size=count), i), shape=(1, 1, count)), shape=(b, 1, count))
         mask, rotate = concat(valid, written, axis=2), _rotation(reshape(position, shape=(b, 1)), c, s)
@@ -206,7 +212,7 @@ def _further_tokens(c: ModelConfig, s: Signature, p: Params, first: Value, lengt
 
     empty = broadcast_to(scalar(0.0, p.dtype), shape=(b, count, c.num_kv_heads, c.head_dim))
     start = [first, eq(first, scalar(c.eos_token_id, "i32")), broadcast_to(pad, shape=(b, count)), length]
-    return loop([*start, *[empty] * (2 * len(prefix))], count, step, early_stop=True)[2]
+    return loop([*start, *[empty] * (2 * len(prefix))], count, step, early_stop=True, settled=True)[2]
 
 
 def _pairs(flat: Sequence[Value]) -> Cache:
