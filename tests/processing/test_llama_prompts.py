@@ -96,7 +96,7 @@ def test_damaged_json(tmp_path: Path, text: str) -> None:
 
 def test_a_piece_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(trained_bytes().replace(b"<0x00>", b"\x800x00>"))
-    with pytest.raises(CheckpointError, match="tokenizer.model: expected a sentencepiece model, found something else"):
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: expected a sentencepiece model, found something else"):
         load_tokenizer(tmp_path)
 
 
