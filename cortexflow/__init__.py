@@ -8,7 +8,13 @@ from cortexflow.backends import ComputeBackend, register_backend
 from cortexflow.compiled import Compiled
 from cortexflow.compiler import compile, load_model
 from cortexflow.configuration import BackendType, InferenceConfig
-from cortexflow.engine import VLAInferenceEngine, create_inference, create_pi0_inference, create_pi05_inference
+from cortexflow.engine import (
+    VLAInferenceEngine,
+    create_inference,
+    create_openvla_inference,
+    create_pi0_inference,
+    create_pi05_inference,
+)
 from cortexflow.errors import (
     CheckpointError,
     ConfigError,
@@ -46,6 +52,7 @@ __all__ = [
     "VerifyError",
     "compile",
     "create_inference",
+    "create_openvla_inference",
     "create_pi0_inference",
     "create_pi05_inference",
     "load_model",

@@ -171,7 +171,8 @@ class CompiledBackend(ComputeBackend):
     def _find(self, inputs: Mapping[str, Tensor]) -> Compiled:
         """The compiled policy of the inputs' shapes; a batch is compiled if it is new."""
         made = next((c for c in self._made.values() if _fits(c, inputs)), None)
-        if made is None and {"images", "tokens"} <= inputs.keys():
+        (first, *_) = next(iter(self._made.values())).module.stages
+        if made is None and {*first.args, "tokens"} <= inputs.keys():
             made = self.compiled(*inputs["tokens"].shape)
         if made is None or not _fits(made, inputs):
             known = "; ".join(f"batch {b}, prompt {n}" for b, n in self._made)

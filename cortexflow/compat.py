@@ -20,7 +20,7 @@ from cortexflow.configuration import BackendType, InferenceConfig
 from cortexflow.engine import VLAInferenceEngine
 from cortexflow.errors import CheckpointError, ConfigError, InputError
 from cortexflow.models import ModelConfig, VLAModelType
-from cortexflow.processing.prompts import Encoder, prompt_pieces
+from cortexflow.processing.prompts import Encoder, prompt_ids
 from cortexflow.processing.tokenizer import PromptTokenizer, load_tokenizer
 
 FORMAT = "pi05_realtime"  # how realtime-vla cleans an instruction: newlines inside it stay
@@ -115,8 +115,7 @@ class Pi05Inference:
     ) -> int:
         """Tokens of the prompt of an instruction with a state of `state_dim` bins, at most `max_tokenize_len`."""
         bins = [int(state_token_value)] * int(state_dim)
-        pieces = prompt_pieces(task_prompt, format=FORMAT, bins=bins)
-        return min(sum(len(tokenizer.encode(p, bos=n == 0)) for n, p in enumerate(pieces)), int(max_tokenize_len))
+        return min(len(prompt_ids(tokenizer, task_prompt, format=FORMAT, bins=bins)), int(max_tokenize_len))
 
     def forward(
         self,

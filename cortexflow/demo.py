@@ -32,7 +32,14 @@ from cortexflow.ir import Module
 from cortexflow.ir import run as run_func
 from cortexflow.ir.interpreter import count_runs
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
-from cortexflow.observation import load_frontend, model_inputs, robot_actions, typical_state
+from cortexflow.observation import (
+    load_frontend,
+    model_inputs,
+    network_actions,
+    network_answer,
+    robot_actions,
+    typical_state,
+)
 from cortexflow.processing import save_stats
 from cortexflow.processing.stats import make_stats
 
@@ -122,7 +129,12 @@ def _demo(args: argparse.Namespace) -> int:
     _section("Checkpoint", _checkpoint(checkpoint, home))
 
     frontend = load_frontend(
-        checkpoint, signature, processing=args.processing, tokenizer=args.tokenizer, stats=args.stats
+        checkpoint,
+        signature,
+        processing=args.processing,
+        tokenizer=args.tokenizer,
+        stats=args.stats,
+        asset_id=args.asset,
     )
     given = numbers(args.state)
     state = np.asarray(given or (STATE if args.checkpoint is None else typical_state(frontend)))
@@ -134,7 +146,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     runs = {target: _run(target, checkpoint, inputs, args.output, progress) for target in TARGETS}
     reference = _interpret(module, checkpoint, inputs, progress)
-    actions = robot_actions(frontend, runs[TARGETS[0]].chunk, state)
+    actions = robot_actions(frontend, network_answer(frontend, runs[TARGETS[0]].results), state)
     _section(f"Actions ({len(actions)} steps, in the robot's units)", action_table(actions))
     if args.checkpoint is None:
         print("\nThe weights are random, so this robot would not get far; the road is the real one.")
@@ -230,7 +242,7 @@ def _checkpoint(checkpoint: Checkpoint, home: Path) -> str:
 class Run:
     """What one target did: times in milliseconds, memory in bytes."""
 
-    chunk: Tensor
+    results: Tensor | dict[str, Tensor]
     seconds: float  # to compile
     stages: dict[str, float]
     whole: float
@@ -245,8 +257,7 @@ def _run(target: str, checkpoint: Checkpoint, inputs: Mapping[str, Tensor], outp
     with dumping(output / "ir" / target):
         compiled = cortexflow.compile(checkpoint, target, progress=progress)
     seconds = time.perf_counter() - start
-    chunk = compiled(**inputs)  # warms up, too
-    assert isinstance(chunk, Tensor)
+    results = compiled(**inputs)  # warms up, too
     runs: list[float] = []
     with tqdm(desc=f"running {target}", unit="run", delay=1.0, leave=False, disable=not progress) as bar:
         while not runs or (sum(runs) < 1e3 and len(runs) < 25):
@@ -256,7 +267,7 @@ def _run(target: str, checkpoint: Checkpoint, inputs: Mapping[str, Tensor], outp
             bar.update(1)
     stages = compiled.stage_times(len(runs), **inputs)
     plan, whole = compiled.plan, sorted(runs)[len(runs) // 2]
-    return Run(chunk, seconds, stages, whole, compiled.weight_bytes, plan.peak, plan.lower_bound)
+    return Run(results, seconds, stages, whole, compiled.weight_bytes, plan.peak, plan.lower_bound)
 
 
 @contextmanager
@@ -295,7 +306,7 @@ def _interpret(module: Module, checkpoint: Checkpoint, inputs: Mapping[str, Tens
 
 
 def _differences(runs: Mapping[str, Run], reference: Tensor) -> str:
-    chunks = {"interpreter": reference, **{name: run.chunk for name, run in runs.items()}}
+    chunks = {"interpreter": reference, **{name: network_actions(run.results) for name, run in runs.items()}}
     names = list(chunks)
     both = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     return table(None, [(f"{a} - {b}", f"{(chunks[a] - chunks[b]).abs().max():.1e}") for a, b in both])

@@ -28,6 +28,7 @@ from cortexflow.episodes import (
     read_ids,
     read_images,
     read_noise,
+    read_pixel_values,
     why_no_state,
 )
 from cortexflow.errors import ConfigError, InputError
@@ -37,9 +38,18 @@ from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import MODELS, ModelConfig, VLAModelType
 from cortexflow.observation import FixedPrompt
 from cortexflow.processing.arrays import as_floats
-from cortexflow.processing.prompts import Encoder, prompt_pieces
+from cortexflow.processing.prompts import Encoder, prompt_ids
 from cortexflow.processing.tokenizer import PAD_ID
-from cortexflow.sources import Source, family_name, find_prompt_format, find_tokenizer, open_model, weights_for
+from cortexflow.processing.towers import RGB
+from cortexflow.sources import (
+    Source,
+    family_name,
+    find_prompt_format,
+    find_tokenizer,
+    find_towers,
+    open_model,
+    weights_for,
+)
 
 if TYPE_CHECKING:
     from cortexflow.replicas import ReplicatedEngine
@@ -89,6 +99,7 @@ class VLAInferenceEngine:
         self.tokenizer: Encoder | None = FixedPrompt(fixed) if fixed else find_tokenizer(config, opened)
         self.preprocessor: Callable[[Any], Any] | None = None
         self._prompt_format = config.prompt_format or find_prompt_format(c, opened)
+        self._towers = find_towers(c, opened)
         self._no_state = why_no_state(config, self._prompt_format)
         self._warned = False
         self._types: dict[tuple[int, int], dict[str, Type]] = {}
@@ -213,8 +224,13 @@ class VLAInferenceEngine:
         *_, slots = buckets = self.inference_config.prompt_buckets
         types = self._inputs(1, slots)
         given: dict[str, Tensor] = {}
-        given["images"], given["image_mask"] = read_images(images, types["images"].shape[1:])
-        if "image_mask" not in types and not given["image_mask"].all():
+        if self._towers:
+            size = self.model_config.image_size
+            shape = (self.inference_config.num_views, size, size, RGB)
+            given["pixel_values"] = read_pixel_values(images, shape, self._towers)
+        else:
+            given["images"], given["image_mask"] = read_images(images, types["images"].shape[1:])
+        if "image_mask" in given and "image_mask" not in types and not given["image_mask"].all():
             raise InputError("observation_images: this policy cannot do without a camera, found None among the views")
         vector = None if state is None else as_floats(state, "state", ndim=1)
         if "state" in types:
@@ -261,9 +277,7 @@ class VLAInferenceEngine:
                     "engine with discrete_state_input=False where this is meant",
                     stacklevel=4,
                 )
-            pieces = prompt_pieces(prompt, format=self._prompt_format, bins=bins)
-            tokenizer = self._tokenizer()
-            return [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece, bos=n == 0)]
+            return prompt_ids(self._tokenizer(), prompt, format=self._prompt_format, bins=bins)
         ids = read_ids(prompt)
         if bins is not None:
             raise InputError("state_tokens: token ids are a whole prompt, into which no state can be written")
@@ -273,7 +287,8 @@ class VLAInferenceEngine:
         if self.tokenizer is None:
             raise ConfigError(
                 "tokenizer: the prompt is text, and no tokenizer was named or found beside the checkpoint; pass "
-                "tokenizer_path= (the sentencepiece model of google/paligemma-3b-pt-224, or its directory)"
+                "tokenizer_path= (the sentencepiece model of the checkpoint's language model, or its directory; of "
+                "π0 and π0.5 google/paligemma-3b-pt-224)"
             )
         return self.tokenizer
 
@@ -347,8 +362,8 @@ def create_inference(
     kind = next((t for t in VLAModelType if t.value == name), name)
     config = (model_config or ModelConfig()).with_(model_type=kind)
     model, opened = open_model(checkpoint_path, config, allow_pickle=allow_pickle)
-    if name == VLAModelType.PI0.value:
-        options.setdefault("max_tokenize_len", model.config.max_token_len)  # 48: its training's
+    if name in (VLAModelType.PI0.value, VLAModelType.OPENVLA.value):
+        options.setdefault("max_tokenize_len", model.config.max_token_len)  # 48, its training's; 64
     chosen = InferenceConfig(
         num_views=num_views or model.config.num_views,
         chunk_size=chunk_size or model.config.chunk_size,
@@ -393,4 +408,23 @@ def create_pi0_inference(
     """
     return create_inference(
         VLAModelType.PI0, checkpoint_path, num_views, chunk_size, backend, tokenizer_path, **options
+    )
+
+
+def create_openvla_inference(
+    checkpoint_path: Source,
+    num_views: int | None = None,
+    chunk_size: int | None = None,
+    backend: BackendType | str = BackendType.TRITON,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> VLAInferenceEngine | ReplicatedEngine:
+    """An engine for an OpenVLA checkpoint; arguments and errors as of `create_inference`.
+
+    It sees one picture and answers with one action: `predict` returns [1, action_dim], normalised, the middles of the
+    bins that the tokens name. Prompts have 64 slots unless `max_tokenize_len` says otherwise. Token ids in place of
+    text are a whole prompt, the 29871 that ends it included.
+    """
+    return create_inference(
+        VLAModelType.OPENVLA, checkpoint_path, num_views, chunk_size, backend, tokenizer_path, **options
     )

@@ -18,7 +18,9 @@ from cortexflow.configuration import InferenceConfig
 from cortexflow.errors import InputError
 from cortexflow.processing import pad_to, state_bins
 from cortexflow.processing.arrays import to_numpy
+from cortexflow.processing.images import to_levels
 from cortexflow.processing.prompts import as_bins, prompt_format
+from cortexflow.processing.towers import Tower, pixel_values
 
 
 def batch_columns(
@@ -77,6 +79,25 @@ def read_images(images: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     mask = torch.tensor([[picture is not None for picture in images]])
     place = next(x.device for x, there in zip(pictures, mask[0].tolist(), strict=True) if there)
     return torch.stack([x.to(place) for x in pictures])[None], mask
+
+
+def read_pixel_values(images: Any, shape: tuple[int, ...], towers: Sequence[Tower]) -> Tensor:
+    """Images of one episode, as `read_images` takes them, scaled for each tower: float32 [1, channels, size, size].
+
+    8-bit pixels are scaled as bytes, exactly as the image processor of the checkpoint does it.
+    """
+    unit = read_images(images, shape)[0][0].cpu().numpy()
+    given = [images] if isinstance(images, (Tensor, np.ndarray)) else images
+    if any(picture is None for picture in given):
+        raise InputError("observation_images: this policy cannot do without a camera, found None among the views")
+    if all(str(picture.dtype).endswith("uint8") for picture in given):
+        unit = to_levels(unit)
+    elif not np.abs(unit).max() <= 1.001:  # NaN is not
+        raise InputError(
+            f"observation_images: expected RGB in [-1, 1], found values from {unit.min():.4g} to {unit.max():.4g}; "
+            "scale 8-bit pixels with x / 255 * 2 - 1, or give them as uint8"
+        )
+    return torch.from_numpy(pixel_values(list(unit), towers))[None]
 
 
 def _unit(picture: Tensor | NDArray[Any], name: str) -> Tensor:

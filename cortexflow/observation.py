@@ -17,14 +17,17 @@ from torch import Tensor
 
 from cortexflow.checkpoints import Checkpoint
 from cortexflow.checkpoints.tensors import read_json
-from cortexflow.errors import ConfigError, InputError
+from cortexflow.errors import CheckpointError, ConfigError, InputError
 from cortexflow.ir import Type
 from cortexflow.models import Signature, VLAModelType
 from cortexflow.processing import (
+    FAMILIES,
+    ONE_CAMERA,
     PROCESSINGS,
     Processing,
     PromptTokenizer,
     Stats,
+    asset_ids,
     check_stats,
     finish_actions,
     lerobot_options,
@@ -33,11 +36,14 @@ from cortexflow.processing import (
     prepare_observation,
     read_image,
     stats_file,
+    suits,
 )
+from cortexflow.processing.action_tokens import Bins
 from cortexflow.processing.arrays import Floats
 from cortexflow.processing.normalise import MODES
 from cortexflow.processing.robots import SLOTS
-from cortexflow.processing.stats import LEROBOT_STEPS
+from cortexflow.processing.stats_lerobot import LEROBOT_STEPS
+from cortexflow.processing.towers import PREPROCESSOR_CONFIG, Tower, load_towers
 
 CAMERA = "observation.images."  # LeRobot's prefix of a camera's name
 
@@ -90,7 +96,8 @@ def load_frontend(
 
 def statistics_read(rules: Processing) -> dict[str, tuple[str, ...]]:
     """Which statistics of the state and of the actions a processing reads."""
-    return {"state": MODES[rules.norm], "actions": MODES[rules.action_norm or rules.norm]}
+    state = () if rules.action_bins else MODES[rules.norm]  # a network that emits tokens reads no state
+    return {"state": state, "actions": MODES[rules.action_norm or rules.norm]}
 
 
 def find_stats(
@@ -123,15 +130,21 @@ def find_processing(checkpoint: Checkpoint, signature: Signature, chosen: str | 
     family = VLAModelType(config.model_type).value
     if chosen is not None:
         rules = _preset(chosen) if isinstance(chosen, str) else chosen
-        if rules.continuous_state != (config.model_type is VLAModelType.PI0):
+        if not suits(rules, family):
             raise ConfigError(f"processing: {chosen!r} does not suit a {family} checkpoint; {_presets(family)}")
     elif checkpoint.format == "lerobot":
         rules = replace(PROCESSINGS[f"lerobot_{family}"], **lerobot_options(directory(checkpoint)))
+    elif needs_no_robot(checkpoint):
+        rules = FAMILIES[family]
     else:
         raise ConfigError(
             f"processing: {checkpoint.path or 'the dictionary'} ({checkpoint.format}) does not say for which robot it "
             f"was trained; {_presets(family)} (on the command line: --processing NAME)"
         )
+    if rules.towers and not isinstance(chosen, Processing):
+        rules = replace(rules, towers=checkpoint_towers(checkpoint))
+    if rules.action_bins:
+        rules = replace(rules, action_bins=Bins(config.num_action_bins, config.vocab_size - config.vocab_padding))
     return replace(
         rules,
         views=signature.views,
@@ -142,8 +155,47 @@ def find_processing(checkpoint: Checkpoint, signature: Signature, chosen: str | 
     )
 
 
+def needs_no_robot(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint acts without being told for which robot.
+
+    LeRobot's say it themselves; a family that sees one picture needs no more than the statistics of a data set.
+    """
+    return checkpoint.format == "lerobot" or family_of(checkpoint) in ONE_CAMERA
+
+
+def reads_state(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's family reads the robot's state; one that emits tokens does not."""
+    return FAMILIES[family_of(checkpoint)].action_bins is None
+
+
+def several_statistics(checkpoint: Checkpoint) -> bool:
+    """Whether there are statistics of several robots or data sets in a checkpoint's directory."""
+    return checkpoint.path is not None and len(asset_ids(directory(checkpoint))) > 1
+
+
+def family_of(checkpoint: Checkpoint) -> str:
+    """The name of a checkpoint's family."""
+    return VLAModelType(checkpoint.config.model_type).value
+
+
+def checkpoint_towers(checkpoint: Checkpoint) -> tuple[Tower, ...]:
+    """How the image towers of a checkpoint scale pixels, as the file beside it says; of a dictionary as released."""
+    if checkpoint.path is None:
+        return FAMILIES[family_of(checkpoint)].towers
+    place, config = directory(checkpoint), checkpoint.config
+    size, towers = load_towers(place)
+    if size != config.image_size:
+        raise CheckpointError(
+            f"{place / PREPROCESSOR_CONFIG}: expected pictures of {config.image_size} pixels, as the weights do, found "
+            f"{size}; copy the file that belongs to this checkpoint"
+        )
+    return towers
+
+
 def camera_names(checkpoint: Checkpoint, views: int) -> tuple[str, ...]:
-    """Names of the views in order: LeRobot's config.json has them, other formats have openpi's slots."""
+    """Names of the views in order: LeRobot's config.json has them, other formats have openpi's slots, or one name."""
+    if (family := family_of(checkpoint)) in ONE_CAMERA:
+        return (ONE_CAMERA[family],)
     names: list[str] = []
     if checkpoint.format == "lerobot" and checkpoint.path is not None:
         file = directory(checkpoint) / "config.json"
@@ -182,7 +234,7 @@ def model_inputs(
     state: Any = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """What a compiled policy of these `inputs` takes, for one observation; the noise is drawn from `seed`.
+    """What a compiled policy of these `inputs` takes, for one observation; noise, if any, is drawn from `seed`.
 
     `images` are files or arrays by camera (see `find_camera`); a camera left out is absent. `state` is the
     robot's own, in its units. `prompt` is the instruction; a file that holds a fixed one takes none.
@@ -198,8 +250,9 @@ def model_inputs(
     views = [pictures.get(camera) for camera in frontend.cameras]
     prepared = network_inputs(frontend, views, prompt, state)
     made = {name: torch.from_numpy(value)[None] for name, value in prepared.items() if name in inputs}
-    generator = torch.Generator().manual_seed(seed)
-    return made | {"noise": torch.randn(inputs["noise"].shape, generator=generator)}
+    if "noise" in inputs:
+        made["noise"] = torch.randn(inputs["noise"].shape, generator=torch.Generator().manual_seed(seed))
+    return made
 
 
 def network_inputs(
@@ -229,16 +282,29 @@ def _check_prompt(frontend: Frontend, prompt: str | None) -> None:
         raise InputError("prompt: expected the instruction, found None (on the command line: --prompt TEXT)")
 
 
-def robot_actions(frontend: Frontend, actions: Tensor, state: Any = None) -> Floats:
-    """The policy's chunk [1, chunk, action] as the robot's actions [chunk, values], in its units."""
-    return finish_actions(frontend.processing, actions[0].float(), state=state, stats=frontend.stats)
+def network_actions(results: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Of what a compiled policy returns the normalised actions [batch, chunk, action]."""
+    return results if isinstance(results, Tensor) else results["actions"]
+
+
+def network_answer(frontend: Frontend, results: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Of what a compiled policy returns what `robot_actions` takes: `token_ids` [batch, chunk * action] of a network
+    that emits tokens, else the `actions` [batch, chunk, action]."""
+    if frontend.processing.action_bins and not isinstance(results, Tensor):
+        return results["token_ids"]
+    return network_actions(results)
+
+
+def robot_actions(frontend: Frontend, answer: Tensor, state: Any = None) -> Floats:
+    """The policy's answer for one observation [1, ...] as the robot's actions [chunk, values], in its units."""
+    return finish_actions(frontend.processing, answer[0], state=state, stats=frontend.stats)
 
 
 def typical_state(frontend: Frontend) -> Floats:
     """A state the robot could be in: the mean of its statistics, or the middle of their range."""
-    if frontend.stats is None:
+    known = frontend.stats["state"] if frontend.stats else {}
+    if not known:
         return np.zeros(frontend.processing.state_dim)
-    known = frontend.stats["state"]
     return known["mean"] if "mean" in known else (known["q01"] + known["q99"]) / 2
 
 
@@ -249,6 +315,4 @@ def _preset(name: str) -> Processing:
 
 
 def _presets(family: str) -> str:
-    continuous = family == VLAModelType.PI0.value
-    fitting = [name for name, rules in PROCESSINGS.items() if rules.continuous_state == continuous]
-    return f"choose one of {', '.join(fitting)}"
+    return f"choose one of {', '.join(name for name, rules in PROCESSINGS.items() if suits(rules, family))}"

@@ -3,7 +3,8 @@
     policy = Policy.load("checkpoints/pi05_libero", robot="libero")
     actions = policy.infer(observation)["actions"]
 
-An observation is openpi's dictionary or LeRobot's batch (`cortexflow.processing.observations` has the keys).
+An observation is openpi's dictionary, LeRobot's batch, or OpenVLA's image and instruction
+(`cortexflow.processing.observations` has the keys).
 What a robot is stands in `cortexflow.processing.ROBOTS`, or in a small file (`cortexflow.processing.robot_file`).
 """
 
@@ -24,14 +25,17 @@ from cortexflow.checkpoints import Checkpoint, open_checkpoint
 from cortexflow.compiled import Compiled
 from cortexflow.compiler import compile
 from cortexflow.errors import ConfigError, InputError, TargetError
-from cortexflow.models import Signature, VLAModelType
+from cortexflow.models import Signature
 from cortexflow.observation import (
     FixedPrompt,
     Frontend,
     camera_names,
     directory,
+    family_of,
     find_processing,
     find_stats,
+    needs_no_robot,
+    network_answer,
     network_inputs,
     robot_actions,
     statistics_read,
@@ -39,6 +43,8 @@ from cortexflow.observation import (
 from cortexflow.processing import (
     FAMILIES,
     HORIZONS,
+    ONE_CAMERA,
+    PROCESSINGS,
     ROBOTS,
     Processing,
     Robot,
@@ -46,6 +52,7 @@ from cortexflow.processing import (
     asset_ids,
     find_robot,
     load_tokenizer,
+    of_one_view,
     read_observation,
 )
 from cortexflow.processing.arrays import Floats, as_floats, shape_of
@@ -111,7 +118,7 @@ class Policy:
         Args:
             checkpoint: a directory or file, or what `open_checkpoint` returned.
             robot: `libero`, `droid`, `aloha`, or a .toml or .json file that describes one's own. LeRobot's
-                checkpoints say it themselves; others must be told.
+                checkpoints say it themselves; OpenVLA acts without one, from the camera `image`; others must be told.
             target, device, dtype, without, tune, progress: as in `cortexflow.compile`.
             batch: samples that the network takes at once. `infer` takes any number, in portions of this.
             prompt: tokens of the prompt bucket, or of several buckets.
@@ -121,7 +128,8 @@ class Policy:
             truncate_prompt: cut long prompts off, as openpi does, where otherwise they are an error.
             processing: a key of `cortexflow.processing.PROCESSINGS`, or a `Processing`, in place of the robot's own.
             tokenizer, stats: files or directories; left out, they are looked for in the checkpoint's directory.
-            asset_id: whose statistics, where there are those of several robots; left out, the robot's own.
+            asset_id: whose statistics, where there are those of several robots, or of several data sets (OpenVLA's
+                `unnorm_key`); left out, the robot's own.
             seed: of the noise that each inference draws.
             allow_pickle: read `.pkl` checkpoints, which can run any code that they contain.
 
@@ -139,9 +147,10 @@ class Policy:
             opened = open_checkpoint(source, allow_pickle=allow_pickle)
         else:
             raise InputError(f"checkpoint: expected a directory or a file, found {type(checkpoint).__name__}")
-        if row is not None:
-            _check_robot(row, opened)
         chosen = _chosen(opened, row, processing)
+        if row is not None:
+            row = of_one_view(row) if family_of(opened) in ONE_CAMERA else row
+            _check_robot(row, opened)
         several = isinstance(prompt, (list, tuple)) and all(isinstance(n, int) for n in prompt)
         largest: Any = max(prompt) if several and prompt else prompt  # type: ignore[arg-type]
         signature = Signature.of(
@@ -184,7 +193,7 @@ class Policy:
     @property
     def metadata(self) -> dict[str, Any]:
         """What a client may want to know: the robot, the length of a chunk, the values of an action."""
-        chunk = self.compiled.inputs["noise"].shape[1]
+        chunk = self.compiled.outputs["actions"].shape[1]
         return {"robot": self.robot.name, "action_horizon": chunk, "action_dim": self.robot.actions}
 
     def reset(self) -> None:
@@ -230,13 +239,12 @@ class Policy:
         prepared = [self._prepare(sample) for sample in samples]
         start_noise = self._noise(noise, len(samples), batched)
         seconds, chunks = 0.0, []
-        size = self.compiled.inputs["noise"].shape[0]
+        size = self.compiled.outputs["actions"].shape[0]
         for first in range(0, len(samples), size):
             inputs = self._stack(prepared[first : first + size], start_noise[first : first + size], size)
             start = time.perf_counter()
-            result = self.compiled(**inputs)
-            assert isinstance(result, Tensor)
-            chunks.append(result.float().cpu()[: len(samples) - first])
+            result = network_answer(self.frontend, self.compiled(**inputs))
+            chunks.append(result.cpu()[: len(samples) - first])
             seconds += time.perf_counter() - start
         actions = [self._finish(chunk, s) for chunk, s in zip(torch.cat(chunks), samples, strict=True)]
         timing = {"infer_ms": seconds * 1e3} | ({"batch_size": len(samples)} if batched else {})
@@ -254,6 +262,11 @@ class Policy:
         return network_inputs(self.frontend, sample.images, text, sample.state, pixel_low=0.0)
 
     def _noise(self, given: Any, samples: int, batched: bool) -> Tensor:
+        """What the flow of each sample starts from; nothing [samples, 0] for a network that has none."""
+        if "noise" not in self.compiled.inputs:
+            if given is not None:
+                raise InputError("noise: this policy draws none; leave it out")
+            return torch.zeros(samples, 0)
         shape = (samples, *self.compiled.inputs["noise"].shape[1:])
         if given is None:
             return torch.randn(shape, generator=self._generator)
@@ -285,20 +298,22 @@ class Policy:
 
 
 def _chosen(checkpoint: Checkpoint, robot: Robot | None, given: str | Processing | None) -> str | Processing | None:
-    """The processing that the caller or the robot means; None where LeRobot's files say it."""
-    family = VLAModelType(checkpoint.config.model_type).value
+    """The processing that the caller or the robot means; None where the checkpoint's files say it."""
     if given is not None:
         if not isinstance(given, (str, Processing)):
             raise ConfigError(f"processing: expected a name or a Processing, found {type(given).__name__}")
         return given
     if checkpoint.format == "lerobot":
         return None
-    if robot is None:
+    if robot is None and not needs_no_robot(checkpoint):
         raise ConfigError(
             f"robot: {checkpoint.path or 'the dictionary'} ({checkpoint.format}) does not say for which robot it was "
             f"trained; expected robot= one of {', '.join(ROBOTS)}, or a .toml or .json file that describes one's own"
         )
-    return f"{family}_{robot.name}" if ROBOTS.get(robot.name) is robot else FAMILIES[family]
+    family = family_of(checkpoint)
+    if robot is not None and ROBOTS.get(robot.name) is robot and f"{family}_{robot.name}" in PROCESSINGS:
+        return f"{family}_{robot.name}"
+    return None if needs_no_robot(checkpoint) else FAMILIES[family]
 
 
 def _check_robot(robot: Robot, checkpoint: Checkpoint) -> None:
@@ -324,7 +339,7 @@ def _chunk(checkpoint: Checkpoint, robot: Robot | None, processing: str | Proces
     """openpi's horizon where no config.json can have told it."""
     if checkpoint.path is None or (directory(checkpoint) / "config.json").is_file() or robot is None:
         return None
-    family = VLAModelType(checkpoint.config.model_type).value
+    family = family_of(checkpoint)
     return HORIZONS.get(processing if isinstance(processing, str) else f"{family}_{robot.name}")
 
 
@@ -345,8 +360,12 @@ def _stats(
     checkpoint: Checkpoint, rules: Processing, robot: Robot | None, given: str | Path | None, asset_id: str | None
 ) -> Any:
     place = given or directory(checkpoint)
-    if asset_id is None and robot is not None and checkpoint.format != "lerobot" and len(asset_ids(place)) > 1:
-        asset_id = robot.asset
+    if asset_id is None and robot is not None and checkpoint.format != "lerobot":
+        several = asset_ids(place)
+        # An asset of openpi's robots is no data set of OpenVLA's, whose error lists those that there are.
+        asset_id = (
+            robot.asset if len(several) > 1 and (robot.asset in several or not needs_no_robot(checkpoint)) else None
+        )
     sizes = None
     if robot is not None:  # the robot's own length, or padded to the network's
         sizes = {

@@ -17,15 +17,17 @@ from cortexflow.configuration import InferenceConfig
 from cortexflow.errors import CheckpointError, ConfigError
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, VLAModel, VLAModelType, create_model
-from cortexflow.observation import directory
+from cortexflow.observation import checkpoint_towers, directory
+from cortexflow.processing import FAMILIES as FAMILY_RULES
 from cortexflow.processing import load_tokenizer
 from cortexflow.processing.prompts import Encoder
 from cortexflow.processing.tokenizer import FILE_NAMES
+from cortexflow.processing.towers import Tower
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | Checkpoint | VLAModel
 
 # How a family writes its prompt; a checkpoint that LeRobot saved may differ. Others say it in `prompt_format`.
-PROMPTS = {"pi0": "pi0", "pi05": "pi05"}
+PROMPTS = {"pi0": "pi0", "pi05": "pi05", "openvla": "openvla"}
 LEROBOT_PROMPTS = {"pi0": "pi0_lerobot", "pi05": "pi05"}
 
 
@@ -102,6 +104,18 @@ def find_prompt_format(config: ModelConfig, opened: Checkpoint | None) -> str | 
     """How the checkpoint's family writes a prompt, a key of `PROMPT_FORMATS`; None for one that is not known."""
     formats = LEROBOT_PROMPTS if opened and opened.format == "lerobot" else PROMPTS
     return formats.get(family_name(config))
+
+
+def find_towers(config: ModelConfig, opened: Checkpoint | None) -> tuple[Tower, ...]:
+    """How each image tower scales pixels; none of a family whose graph takes RGB in [-1, 1] as it is.
+
+    Without a directory these are the constants of the released model. Raises CheckpointError for a directory whose
+    file is missing, damaged or asks for arithmetic that is not offered.
+    """
+    rules = FAMILY_RULES.get(family_name(config))
+    if rules is None or not rules.towers:
+        return ()
+    return checkpoint_towers(opened) if opened else rules.towers
 
 
 def find_tokenizer(config: InferenceConfig, opened: Checkpoint | None) -> Encoder | None:

@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from cortexflow.errors import ConfigError, CortexFlowError
 from cortexflow.policy import Policy
-from cortexflow.processing import load_robot, make_robot
+from cortexflow.processing import load_robot, load_tokenizer, make_robot
+from tests.models.openvla_cases import write_checkpoint
 from tests.processing.directories import example, random_stats, write_lerobot, write_openpi
+from tests.processing.llama import json_text, trained_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,7 +169,7 @@ VALUES = st.one_of(
     st.text(max_size=30) | st.just("half \ud800") | st.just("\x00") | st.just(" \n_") | st.just("{text} {state}"),
     st.lists(st.floats() | st.text(max_size=3) | st.none(), max_size=15),
 )
-CAMERA_KEYS = ["observation/image", "observation.images.image", "images", "wrist"]
+CAMERA_KEYS = ["observation/image", "observation.images.image", "images", "wrist", "full_image"]
 STATE_KEYS = [
     "state",
     "observation/state",
@@ -175,7 +177,7 @@ STATE_KEYS = [
     "observation/gripper_position",
     "observation/joint_position",
 ]
-OTHER_KEYS = ["prompt", "task", "", "action"]
+OTHER_KEYS = ["prompt", "task", "instruction", "", "action"]
 KEYS = st.sampled_from([*CAMERA_KEYS, *STATE_KEYS, *OTHER_KEYS]) | st.one_of(
     st.text(max_size=5), st.integers(), st.none()
 )
@@ -188,15 +190,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "libero": write_openpi(home / "openpi", "pi05", random_stats(8, 7), "physical-intelligence/libero", 3),
         "droid": write_openpi(home / "droid", "pi0", random_stats(8, 8), "droid", 3),
         "lerobot": write_lerobot(home / "lerobot", "pi05", random_stats(8, 7)),
+        "openvla": _write_openvla(home / "openvla"),
     }
+
+
+def _write_openvla(place: Path) -> Path:
+    """A fine-tuned checkpoint with every file that may lie beside the weights."""
+    tables = json.loads((write_checkpoint(place) / "config.json").read_text())["norm_stats"]
+    (place / "dataset_statistics.json").write_text(json.dumps({"mine": tables["bridge_orig"]}))
+    (place / "tokenizer.model").write_bytes(trained_bytes())
+    return place
+
+
+TOLD = {"libero": "libero", "droid": "droid", "lerobot": None, "openvla": None}
 
 
 @pytest.fixture(scope="module")
 def policies(checkpoints: dict[str, Path]) -> dict[str, Policy]:
-    return {
-        name: Policy.load(place, None if name == "lerobot" else name, progress=False)
-        for name, place in checkpoints.items()
-    }
+    return {name: Policy.load(place, TOLD[name], progress=False) for name, place in checkpoints.items()}
 
 
 LEROBOT_EXAMPLE = {
@@ -205,6 +216,12 @@ LEROBOT_EXAMPLE = {
     "observation.state": torch.zeros(2, 8),
     "task": ["pick", "place"],
 }
+OPENVLA_EXAMPLE = {"image": np.full((28, 28, 3), 99, np.uint8), "instruction": "pick"}
+
+
+def observed(name: str) -> dict[Any, Any]:
+    given = {"lerobot": LEROBOT_EXAMPLE, "openvla": OPENVLA_EXAMPLE}
+    return dict(given[name]) if name in given else example(name, side=28)
 
 
 @fuzzed(1500)
@@ -212,7 +229,7 @@ LEROBOT_EXAMPLE = {
 def test_observations(policies: dict[str, Policy], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(policies)), "policy")
     policy = policies[name]
-    observation: dict[Any, Any] = dict(LEROBOT_EXAMPLE) if name == "lerobot" else example(name, side=28)
+    observation = observed(name)
     for _ in range(data.draw(st.sampled_from([1, 1, 1, 2]), "changes")):
         kind = data.draw(st.sampled_from(["replace"] * 8 + ["add", "drop", "rename"]), "kind")
         key = data.draw(KEYS if kind == "add" or not observation else st.sampled_from(list(observation)), "key")
@@ -300,16 +317,16 @@ def damaged(draw: st.DrawFn, name: str, content: bytes) -> bytes | None:
     return b"" if kind == "empty" else None
 
 
-@pytest.mark.parametrize("name", ["libero", "droid", "lerobot"])
+@pytest.mark.parametrize("name", ["libero", "droid", "lerobot", "openvla"])
 def test_damaged_directories(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     place = Path(shutil.copytree(checkpoints[name], tmp_path / name))
     files = {str(f.relative_to(place)): f.read_bytes() for f in sorted(place.rglob("*")) if f.is_file()}
-    robot = None if name == "lerobot" else name
-    observation = {k: v if k == "task" else v[0] for k, v in LEROBOT_EXAMPLE.items()} | {"task": "pick"}
-    observation = observation if name == "lerobot" else example(name, side=28)
+    observation = observed(name)
+    if name == "lerobot":
+        observation = {k: v[0] for k, v in observation.items()}
 
     def load_and_act() -> Any:
-        return Policy.load(place, robot, progress=False).infer(observation)
+        return Policy.load(place, TOLD[name], progress=False).infer(observation)
 
     survives(load_and_act)
 
@@ -329,6 +346,23 @@ def test_damaged_directories(checkpoints: dict[str, Path], tmp_path: Path, name:
             (place / file).write_bytes(files[file])
 
     run()
+
+
+@fuzzed(150)
+@given(data=st.data())
+def test_damaged_tokenizer_json(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    pytest.importorskip("tokenizers")
+    file = tmp_path_factory.getbasetemp() / "tokenizer.json"
+    left = data.draw(damaged(file.name, json_text(trained_bytes()).encode()), "left")
+    file.unlink(missing_ok=True)
+    if left is not None:
+        file.write_bytes(left)
+    try:
+        ids = load_tokenizer(file).encode("pick up the cup, Käse 🤖\n")
+    except CortexFlowError as error:
+        assert len(str(error)) > 20
+    else:
+        assert all(isinstance(i, int) for i in ids)
 
 
 # ---- files that describe a robot -------------------------------------------------------------------

@@ -127,6 +127,8 @@ def test_parts_of_the_state(home: Path) -> None:
     lacking = given | {"observation/joint_position": joints}
     with pytest.raises(InputError, match="found no gripper_position"):
         policy.infer(lacking)
+    with pytest.raises(InputError, match="observation/gripper_position: expected an array of numbers"):
+        policy.infer(scalar | {"observation/gripper_position": torch.zeros((), device="meta")})
 
 
 def test_absent_cameras_are_masked(home: Path) -> None:

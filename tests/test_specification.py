@@ -344,9 +344,11 @@ def test_adding_a_backend(home: Path, made: dict[str, VLAInferenceEngine], regis
 
 @pytest.fixture(scope="module")
 def migrant(home: Path) -> Path:
-    """What a user brings: realtime-vla's converted file, an openpi directory and a LeRobot one."""
+    """What a user brings: realtime-vla's converted file, a directory of openpi's, of LeRobot's and of OpenVLA's."""
     from tests.checkpoints.test_realtime_vla import to_realtime_vla
+    from tests.models.openvla_cases import write_checkpoint
     from tests.processing.directories import random_stats, write_lerobot, write_openpi
+    from tests.processing.llama import vocabulary_bytes
 
     config = CONFIG.with_(**MIGRANT)
     weights = random_weights(create_model(config).get_weight_shapes(), 0)
@@ -358,6 +360,7 @@ def migrant(home: Path) -> Path:
     torch.save(to_realtime_vla(weights, {"model": "pi05"} | towers), home / "converted.pt")
     write_openpi(home / "checkpoints/pi05_libero", "pi05", random_stats(8, 7), "physical-intelligence/libero")
     write_lerobot(home / "checkpoints/lerobot_pi05", "pi05", random_stats(8, 7))
+    (write_checkpoint(home / "checkpoints/openvla") / "tokenizer.model").write_bytes(vocabulary_bytes())
     return home
 
 
@@ -379,7 +382,7 @@ def test_the_migration_guide(migrant: Path, where: str, monkeypatch: pytest.Monk
 
     guide = (Path(__file__).parents[1] / "docs/migration.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", guide, re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     monkeypatch.chdir(migrant)
     namespace: dict[str, Any] = {}
     for block in blocks:

@@ -60,6 +60,7 @@ def add_frontend(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--stats", metavar="PATH", help="normalisation statistics (default: in the checkpoint's directory)"
     )
+    sub.add_argument("--asset", metavar="ID", help="whose statistics, where there are several (OpenVLA's unnorm_key)")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default 0)")
 
 

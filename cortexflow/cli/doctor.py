@@ -19,11 +19,11 @@ from cortexflow.cli.text import heading, pairs, size_text, table
 from cortexflow.codegen import find_target
 from cortexflow.compiler import lower
 from cortexflow.errors import CheckpointError, CortexFlowError
-from cortexflow.models import Signature, VLAModel, VLAModelType, create_model
-from cortexflow.observation import directory
+from cortexflow.models import Signature, VLAModel, create_model
+from cortexflow.observation import directory, family_of
 from cortexflow.passes.plan_buffers import plan_buffers
-from cortexflow.processing import PROCESSINGS, load_stats
-from cortexflow.processing.stats import OPENPI_FILE, PREPROCESSOR, WEIGHTS_FILE
+from cortexflow.processing import PROCESSINGS, load_stats, stats_file, suits
+from cortexflow.processing.stats_lerobot import PREPROCESSOR
 from cortexflow.processing.tokenizer import FILE_NAMES
 from cortexflow.weights import stages_of
 
@@ -132,25 +132,25 @@ def _file(checkpoint: Checkpoint, names: tuple[str, ...]) -> str | None:
 
 
 def _statistics(checkpoint: Checkpoint, found: bool) -> dict[str, Any]:
-    """The file, in the order in which `load_stats` looks, and the length of each vector."""
+    """The file that `load_stats` reads, and the length of each vector."""
     if not found:
         return {"file": None, "lengths": {}}
     lengths = {
         group: {name: len(vector) for name, vector in vectors.items()}
         for group, vectors in load_stats(directory(checkpoint)).items()
     }
-    places = (OPENPI_FILE, PREPROCESSOR, f"assets/**/{OPENPI_FILE}", WEIGHTS_FILE)
-    return {"file": _file(checkpoint, places), "lengths": lengths}
+    file = stats_file(directory(checkpoint))
+    return {"file": str(file / PREPROCESSOR if file.is_dir() else file), "lengths": lengths}
 
 
 def _presets(checkpoint: Checkpoint, statistics: Mapping[str, Any]) -> list[str]:
     """Names for --processing of this family whose actions the network and the statistics are long enough for."""
-    continuous = checkpoint.config.model_type is VLAModelType.PI0
+    family = family_of(checkpoint)
     length = min([checkpoint.config.action_dim, *statistics["lengths"].get("actions", {}).values()])
     return [
         name
         for name, rules in PROCESSINGS.items()
-        if rules.continuous_state == continuous
+        if suits(rules, family)
         and (checkpoint.format == "lerobot" or not name.startswith("lerobot"))
         and (rules.output_dim or 1) <= length
     ]

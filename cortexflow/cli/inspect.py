@@ -17,7 +17,7 @@ from cortexflow.errors import CheckpointError, CortexFlowError
 from cortexflow.ir import Module, clone
 from cortexflow.ir.cost import func_cost
 from cortexflow.models import Signature, VLAModelType, create_model
-from cortexflow.observation import camera_names, directory, find_processing
+from cortexflow.observation import camera_names, directory, find_processing, reads_state, several_statistics
 from cortexflow.passes.dce import dce
 from cortexflow.processing import load_stats, load_tokenizer
 
@@ -72,7 +72,7 @@ def describe(checkpoint: Checkpoint) -> tuple[dict[str, Any], CheckpointError | 
             size,
             {
                 "--processing NAME": processing["found"],
-                "--stats PATH": statistics["found"],
+                "--asset ID" if several_statistics(checkpoint) else "--stats PATH": statistics["found"],
                 "--tokenizer PATH": tokenizer["found"],
             },
         ),
@@ -110,18 +110,20 @@ def _surroundings(
     def statistics() -> str:
         nonlocal size
         stats = load_stats(directory(checkpoint))
-        size = len(next(iter(stats["state"].values())))
+        size = len(next(iter(stats["state"].values()), ()))
         actions = len(next(iter(stats["actions"].values())))
-        return f"{', '.join(stats['state'])} of {size} state and {actions} action values"
+        state = f"{size} state and " if size else ""
+        return f"{', '.join(stats['actions'])} of {state}{actions} action values"
 
     def tokenizer() -> str:
         if checkpoint.fixed_prompt:
             return f"none is needed: the file holds one prompt, of {checkpoint.fixed_prompt} tokens"
-        return f"sentencepiece, {load_tokenizer(directory(checkpoint)).vocab_size:,} pieces"
+        return f"{load_tokenizer(directory(checkpoint)).vocab_size:,} pieces"
 
     def processing() -> str:
         rules = find_processing(checkpoint, signature)
-        return f"resize {rules.resize}, {rules.norm} for the state, {rules.action_norm or rules.norm} for actions"
+        state = f"{rules.norm} for the state, " if reads_state(checkpoint) else ""
+        return f"resize {rules.resize}, {state}{rules.action_norm or rules.norm} for actions"
 
     return _found(statistics), _found(tokenizer), _found(processing), size
 
@@ -139,7 +141,8 @@ def _run_command(checkpoint: Checkpoint, signature: Signature, size: int, found:
     for camera in camera_names(checkpoint, signature.views):
         words += ["--image", f"{camera}={camera}.png"]
     words += [] if checkpoint.fixed_prompt else ["--prompt", PROMPT]
-    words += ["--state", ",".join(["0"] * size) or "0.1,0.2,..."]
+    if reads_state(checkpoint):
+        words += ["--state", ",".join(["0"] * size) or "0.1,0.2,..."]
     return " ".join([shlex.join(words), *(argument for argument, there in found.items() if not there)])
 
 

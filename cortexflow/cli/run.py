@@ -13,7 +13,9 @@ import torch
 from cortexflow.cli.arguments import compiled, images, numbers, opened, say, signature_of
 from cortexflow.cli.text import action_table, heading, pairs, table
 from cortexflow.models import create_model
-from cortexflow.observation import Frontend, find_camera, load_frontend, model_inputs, robot_actions
+from cortexflow.observation import Frontend, find_camera, load_frontend, model_inputs, network_answer, robot_actions
+from cortexflow.processing.arrays import to_numpy
+from cortexflow.processing.images import METHODS
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -24,14 +26,18 @@ def execute(args: argparse.Namespace) -> int:
     checkpoint = opened(args)
     signature = signature_of(args, checkpoint)
     frontend = load_frontend(
-        checkpoint, signature, processing=args.processing, tokenizer=args.tokenizer, stats=args.stats
+        checkpoint,
+        signature,
+        processing=args.processing,
+        tokenizer=args.tokenizer,
+        stats=args.stats,
+        asset_id=args.asset,
     )
     types = create_model(checkpoint.config).build(signature).inputs
     inputs = model_inputs(frontend, types, images=pictures, prompt=args.prompt, state=state, seed=args.seed)
     policy = compiled(args, checkpoint, signature)
-    chunk = policy(**inputs)
-    assert isinstance(chunk, torch.Tensor)
-    actions = robot_actions(frontend, chunk.cpu(), state)
+    answer = network_answer(frontend, policy(**inputs)).cpu()
+    actions = robot_actions(frontend, answer, state)
     print(heading("Observation"))
     print(observed(frontend, inputs, pictures, args.prompt, state))
     print(heading("Actions"))
@@ -42,8 +48,13 @@ def execute(args: argparse.Namespace) -> int:
     print(table(None, rows))
     if args.save:
         path = args.save if args.save.suffix == ".npz" else args.save.with_name(args.save.name + ".npz")
-        np.savez(path, actions=actions, network=chunk[0].float().cpu().numpy(), noise=inputs["noise"][0].numpy())
-        print(f"\nwrote {path}: actions (the robot's units), network (normalised), noise")
+        saved = {"actions": actions, "network": to_numpy(answer[0])}
+        kind = "token ids" if frontend.processing.action_bins else "normalised"
+        words = f"actions (the robot's units), network ({kind})"
+        if "noise" in inputs:
+            saved["noise"], words = inputs["noise"][0].numpy(), words + ", noise"
+        np.savez(path, **saved)  # type: ignore[arg-type]
+        print(f"\nwrote {path}: {words}")
         plot = path.with_suffix(".png")
         if plot_actions(actions, plot):
             print(f"wrote {plot}: the chunk, a picture for each value")
@@ -67,7 +78,8 @@ def observed(
         with Image.open(file) as picture:
             size = f"{picture.width} x {picture.height}"
         to = f"{frontend.processing.image_size} x {frontend.processing.image_size}"
-        rows[find_camera(name, frontend.cameras)] = f"{Path(file).name}, {size} to {to} with padding"
+        how = "with padding" if frontend.processing.resize in METHODS else "stretched"
+        rows[find_camera(name, frontend.cameras)] = f"{Path(file).name}, {size} to {to} {how}"
     tokens, slots = int(inputs["token_mask"].sum()), inputs["token_mask"].shape[1]
     rows["prompt"] = f"{'fixed' if prompt is None else repr(prompt)}, {tokens} of {slots} tokens"
     if state is not None:

@@ -9,30 +9,26 @@ from cortexflow.processing.observations import Sample, read_observation
 from cortexflow.processing.pipeline import (
     FAMILIES,
     HORIZONS,
+    ONE_CAMERA,
     PROCESSINGS,
     ModelInputs,
     Processing,
     finish_actions,
     prepare_observation,
+    suits,
 )
 from cortexflow.processing.prompts import PROMPT_FORMATS, encode_prompt, prompt_pieces, state_bins
 from cortexflow.processing.robot_file import find_robot, load_robot, make_robot
-from cortexflow.processing.robots import ROBOTS, Robot, camera_views, join_state, robot
-from cortexflow.processing.stats import (
-    Stats,
-    asset_ids,
-    check_stats,
-    lerobot_options,
-    load_stats,
-    make_stats,
-    save_stats,
-    stats_file,
-)
+from cortexflow.processing.robots import ROBOTS, Robot, camera_views, join_state, of_one_view, robot
+from cortexflow.processing.stats import Stats, check_stats, make_stats
+from cortexflow.processing.stats_files import asset_ids, load_stats, stats_file
+from cortexflow.processing.stats_lerobot import lerobot_options, save_stats
 from cortexflow.processing.tokenizer import PromptTokenizer, load_tokenizer
 
 __all__ = [
     "FAMILIES",
     "HORIZONS",
+    "ONE_CAMERA",
     "PROCESSINGS",
     "PROMPT_FORMATS",
     "ROBOTS",
@@ -58,6 +54,7 @@ __all__ = [
     "make_robot",
     "make_stats",
     "normalise",
+    "of_one_view",
     "pad_to",
     "prepare_observation",
     "prompt_pieces",
@@ -68,5 +65,6 @@ __all__ = [
     "save_stats",
     "state_bins",
     "stats_file",
+    "suits",
     "unnormalise",
 ]

@@ -1,17 +1,21 @@
 """Camera pictures become what the image tower reads: float32 [views, size, size, 3], RGB, in [-1, 1].
 
-Two resizes are in use and give different pixels for every picture that is not already of the right size, so
+Several resizes are in use and give different pixels for every picture that is not already of the right size, so
 the method is always named:
 
 | method | arithmetic |
 |---|---|
 | `pil` | openpi: PIL bilinear on uint8, low-pass filtered when shrinking; `x / 255 * 2 - 1` afterwards |
 | `lerobot` | LeRobot: torch bilinear on [0, 1] without low-pass filter, clamped; `x * 2 - 1` afterwards |
+| `openvla` | OpenVLA: PIL bicubic on uint8, low-pass filtered when shrinking |
+| `openvla_crop` | OpenVLA trained with crops (LIBERO): the centre 90% of the area, TensorFlow's `crop_and_resize` |
 
-Both keep the aspect ratio, centre the picture and fill the rest with black (-1 after scaling).
+The first two (`METHODS`) keep the aspect ratio, centre the picture and fill the rest with black (-1 after scaling);
+OpenVLA's (`STRETCHING`) fill the size. How a network of several image towers scales is told in `towers`.
 
 Float pixels lie in [low, 1]: `low` is -1 for pictures scaled for the network, 0 for those of a camera. From 0,
-`pil` first makes 8 bits of them as openpi does, `floor(255 * x)`, also where nothing is to be resized.
+`pil` first makes 8 bits of them as openpi does, `floor(255 * x)`, also where nothing is to be resized. OpenVLA's
+round them to the nearest of 256 levels.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from cortexflow.processing.arrays import to_numpy
 Pixels = NDArray[np.float32]
 
 MAX_PIXELS = 100_000_000  # of one picture: more is a mistake, and would fill the memory
+CROP_AREA = 0.9  # of a picture, that `openvla_crop` keeps
 TOLERANCE = 1e-5  # how far outside [-1, 1] a float picture may be (rounding of an earlier resize); it is clipped
 
 
@@ -47,11 +52,13 @@ def resize_with_pad(image: Any, height: int, width: int, *, method: str, low: fl
     Source: openpi packages/openpi-client/src/openpi_client/image_tools.py (`pil`), lerobot
     src/lerobot/policies/common/vla_utils.py (`lerobot`).
     """
+    if method not in METHODS:
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
     pixels = check_picture(image, "image", low)
     for name, value in (("height", height), ("width", width)):
         if value < 1:
             raise InputError(f"{name}: expected a positive number of pixels, found {value}")
-    return _fit(pixels, height, width, method, low)
+    return to_unit(_fit(pixels, height, width, method, low))
 
 
 def as_model_images(
@@ -64,19 +71,29 @@ def as_model_images(
     an image of -1 with mask False; it must be written, because the order of the views says which camera is which.
 
     Raises InputError for any other form, naming the view: channels first, four channels, a wrong number of views,
-    other dtypes, floats outside [-1, 1], NaN, no camera at all. ConfigError for an unknown `method`.
+    other dtypes, floats outside [-1, 1], NaN, no camera at all. ConfigError if `method` is not one of `RESIZES`.
     Source: openpi src/openpi/models/model.py (scaling, camera slots), src/openpi/policies/libero_policy.py and
     lerobot src/lerobot/policies/pi05/modeling_pi05.py (absent cameras).
     """
+    pictures = fit_pictures(images, views=views, size=size, method=method, low=low)
+    return unit_pictures(pictures, size), np.array([picture is not None for picture in pictures])
+
+
+def unit_pictures(pictures: Sequence[NDArray[Any] | None], size: int) -> Pixels:
+    """What `fit_pictures` returned as float32 [views, size, size, 3] in [-1, 1], -1 for those that are absent."""
+    absent = np.full((size, size, 3), -1.0, np.float32)
+    return np.stack([absent if picture is None else to_unit(picture) for picture in pictures])
+
+
+def fit_pictures(images: Any, *, views: int, size: int, method: str, low: float = -1.0) -> list[NDArray[Any] | None]:
+    """The pictures of `as_model_images` before they are scaled: [size, size, 3], uint8 or float32 in [-1, 1]."""
     entries = _entries(images, views)
-    mask = np.array([entry is not None for entry in entries])
-    if not mask.any():
+    if all(entry is None for entry in entries):
         raise InputError(f"images: all {views} views are None; give the picture of at least one camera")
-    result = np.full((views, size, size, 3), -1.0, np.float32)
-    for index, entry in enumerate(entries):
-        if entry is not None:
-            result[index] = _fit(check_picture(entry, f"images[{index}]", low), size, size, method, low)
-    return result, mask
+    return [
+        None if entry is None else _fit(check_picture(entry, f"images[{i}]", low), size, size, method, low)
+        for i, entry in enumerate(entries)
+    ]
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
@@ -110,14 +127,22 @@ def to_bytes(pixels: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
 
 
-def _fit(pixels: NDArray[Any], height: int, width: int, method: str, low: float) -> Pixels:
+def to_levels(pixels: NDArray[Any], low: float = -1.0) -> NDArray[np.uint8]:
+    """Pixels rounded to the nearest of 256 levels; uint8 as it is."""
+    return pixels if pixels.dtype == np.uint8 else np.rint((to_unit(pixels, low) + 1) * 127.5).astype(np.uint8)
+
+
+def _fit(pixels: NDArray[Any], height: int, width: int, method: str, low: float) -> NDArray[Any]:
+    """One picture [height, width, 3]: uint8 where the method works on bytes, else float32 in [-1, 1]."""
+    if method in STRETCHING:
+        return STRETCHING[method](pixels, height, width, low)
     if method not in METHODS:
-        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+        raise ConfigError(f"method: expected one of {', '.join(RESIZES)}, found {method!r}")
     if method == "pil" and low >= 0 and pixels.dtype != np.uint8:
         pixels = to_bytes(pixels)
-    if pixels.shape[:2] == (height, width):
-        return to_unit(pixels, low)
-    return METHODS[method](pixels, height, width, low)
+    if pixels.shape[:2] != (height, width):
+        return METHODS[method](pixels, height, width, low)
+    return pixels if pixels.dtype == np.uint8 else to_unit(pixels, low)
 
 
 def _scaled_size(pixels: NDArray[Any], height: int, width: int) -> tuple[int, int]:
@@ -134,13 +159,15 @@ def _centred(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     return canvas
 
 
-def _resize_pil(pixels: NDArray[Any], height: int, width: int, low: float) -> Pixels:
-    if pixels.dtype != np.uint8:  # in [-1, 1]: _fit has made bytes of the others
-        pixels = np.rint((to_unit(pixels) + 1) * 127.5).astype(np.uint8)
+def _resize_pil(pixels: NDArray[Any], height: int, width: int, low: float) -> NDArray[np.uint8]:
     rows, columns = _scaled_size(pixels, height, width)
-    picture = PIL.Image.fromarray(np.ascontiguousarray(pixels))
-    resized = picture.resize((columns, rows), PIL.Image.Resampling.BILINEAR)
-    return to_unit(_centred(np.asarray(resized), height, width))
+    levels = to_levels(pixels)  # floats in [-1, 1]: _fit has made bytes of the others
+    return _centred(_pil(levels, rows, columns, PIL.Image.Resampling.BILINEAR), height, width)
+
+
+def _pil(levels: NDArray[np.uint8], rows: int, columns: int, filter: PIL.Image.Resampling) -> NDArray[np.uint8]:
+    picture = PIL.Image.fromarray(np.ascontiguousarray(levels))
+    return np.asarray(picture.resize((columns, rows), filter))
 
 
 def _resize_lerobot(pixels: NDArray[Any], height: int, width: int, low: float) -> Pixels:
@@ -154,10 +181,50 @@ def _resize_lerobot(pixels: NDArray[Any], height: int, width: int, low: float) -
     return _centred(np.clip(resized[0].permute(1, 2, 0).numpy(), 0.0, 1.0), height, width) * 2 - 1
 
 
-METHODS: dict[str, Callable[[NDArray[Any], int, int, float], Pixels]] = {
+def _resize_openvla(pixels: NDArray[Any], height: int, width: int, low: float) -> NDArray[np.uint8]:
+    """openvla prismatic/extern/hf/processing_prismatic.py (resize-naive)."""
+    return _pil(to_levels(pixels, low), height, width, PIL.Image.Resampling.BICUBIC)
+
+
+def _crop_openvla(pixels: NDArray[Any], height: int, width: int, low: float) -> NDArray[np.uint8]:
+    """openvla experiments/robot/openvla_utils.py (center_crop), in the float32 steps of tf.image.
+
+    The corners of the crop are corners of the result, and what lies between is interpolated from the four nearest
+    pixels; back to bytes by truncating `255.5 * x`. The code goes to 224 pixels first, which is the networks' size.
+    """
+    levels = to_levels(pixels, low)
+    top, bottom, down = _crop_lines(levels.shape[0], height)
+    left, right, across = _crop_lines(levels.shape[1], width)
+
+    def between(rows: NDArray[np.int64]) -> Pixels:
+        one, other = (levels[np.ix_(rows, columns)] * np.float32(1 / 255) for columns in (left, right))
+        return np.asarray(one + (other - one) * across[None, :, None], np.float32)
+
+    upper, lower = between(top), between(bottom)
+    cropped = np.clip(upper + (lower - upper) * down[:, None, None], np.float32(0), np.float32(1))
+    return (cropped * np.float32(255.5)).astype(np.uint8)
+
+
+def _crop_lines(lines: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Pixels]:
+    """For each of `size` lines of the result: the two lines of the picture around it, and how far behind the first."""
+    side = np.sqrt(np.float32(CROP_AREA))
+    start = (np.float32(1) - side) / np.float32(2)
+    end, last = start + side, np.float32(lines - 1)
+    step = (end - start) * last / np.float32(max(size - 1, 1))
+    at = start * last + np.arange(size, dtype=np.float32) * step
+    first = np.floor(at)
+    return first.astype(np.int64), np.ceil(at).astype(np.int64), at - first
+
+
+METHODS: dict[str, Callable[[NDArray[Any], int, int, float], NDArray[Any]]] = {
     "pil": _resize_pil,
     "lerobot": _resize_lerobot,
 }
+STRETCHING: dict[str, Callable[[NDArray[Any], int, int, float], NDArray[np.uint8]]] = {
+    "openvla": _resize_openvla,
+    "openvla_crop": _crop_openvla,
+}
+RESIZES = (*METHODS, *STRETCHING)
 
 
 def _entries(images: Any, views: int) -> list[Any]:

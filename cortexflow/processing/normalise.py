@@ -1,12 +1,14 @@
 """Numbers of the robot to numbers of the network and back.
 
-Two codes, two sets of small constants (`RULES`); two ways to scale (`MODES`), and none. All in float64.
-Sources: openpi src/openpi/transforms.py; lerobot src/lerobot/processor/normalize_processor.py.
+Three codes, three sets of small constants (`RULES`); two ways to scale (`MODES`), and none. All in float64. Where
+the statistics have a `mask`, values with a 0 in it pass as they are (OpenVLA's gripper).
+Sources: openpi src/openpi/transforms.py; lerobot src/lerobot/processor/normalize_processor.py; openvla
+prismatic/extern/hf/modeling_prismatic.py (predict_action), prismatic/vla/datasets/rlds/utils/data_utils.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,35 +17,35 @@ from numpy.typing import ArrayLike
 
 from cortexflow.errors import ConfigError, InputError
 from cortexflow.processing.arrays import Floats, as_floats
-from cortexflow.processing.stats import Stats, load_stats, require, save_stats
+from cortexflow.processing.stats import Stats, require
 
 __all__ = [
     "MODES",
     "RULES",
     "Rule",
     "absolute_actions",
-    "load_stats",
     "normalise",
     "pad_to",
-    "save_stats",
     "unnormalise",
 ]
 
 
 class Rule(NamedTuple):
-    """The constants of one code: what is added to std (in, out) and to q99 - q01, what replaces a zero q99 - q01,
-    and whether statistics longer than the vector are cut to its length on the way in."""
+    """The constants of one code: what is added to std and to q99 - q01 (in, out), what replaces a zero
+    q99 - q01, and whether statistics longer than the vector are cut to its length on the way in."""
 
     std_in: float
     std_out: float
-    range_added: float
+    range_in: float
+    range_out: float
     range_if_zero: float
     cuts: bool
 
 
 RULES: dict[str, Rule] = {
-    "openpi": Rule(std_in=1e-6, std_out=1e-6, range_added=1e-6, range_if_zero=0.0, cuts=True),
-    "lerobot": Rule(std_in=1e-8, std_out=0.0, range_added=0.0, range_if_zero=1e-8, cuts=False),
+    "openpi": Rule(std_in=1e-6, std_out=1e-6, range_in=1e-6, range_out=1e-6, range_if_zero=0.0, cuts=True),
+    "lerobot": Rule(std_in=1e-8, std_out=0.0, range_in=0.0, range_out=0.0, range_if_zero=1e-8, cuts=False),
+    "openvla": Rule(std_in=1e-8, std_out=0.0, range_in=1e-8, range_out=0.0, range_if_zero=0.0, cuts=False),
 }
 
 MODES: dict[str, tuple[str, ...]] = {  # mode -> the statistics it reads
@@ -76,15 +78,17 @@ def normalise(values: ArrayLike | torch.Tensor, stats: Stats, group: str, *, mod
         )
     first, second = first[:size], second[:size]
     if mode == "mean_std":
-        return (x - first) / (second + rule.std_in)
-    return (x - first) / _range(first, second, rule) * 2.0 - 1.0
+        scaled = (x - first) / (second + rule.std_in)
+    else:
+        scaled = (x - first) / _range(first, second, rule.range_in, rule) * 2.0 - 1.0
+    return _masked(scaled, x, stats[group])
 
 
 def unnormalise(values: ArrayLike | torch.Tensor, stats: Stats, group: str, *, mode: str, eps: str) -> Floats:
     """Network units to robot units, along the last axis: float64, the shape of `values` [..., n].
 
-    The inverse of `normalise`, up to what LeRobot's rule leaves out on the way back (1e-8 of std). Dimensions beyond
-    the statistics have mean 0 and std 1 (`mean_std`) or pass unchanged (`quantile`); they are padding.
+    The inverse of `normalise`, up to what some rules leave out on the way back (1e-8 of std or of q99 - q01).
+    Dimensions beyond the statistics have mean 0 and std 1 (`mean_std`) or pass (`quantile`); they are padding.
 
     Raises as `normalise` does, InputError also for `values` shorter than the statistics.
     """
@@ -101,8 +105,10 @@ def unnormalise(values: ArrayLike | torch.Tensor, stats: Stats, group: str, *, m
         )
     head, rest = x[..., :known], x[..., known:]
     if mode == "mean_std":
-        return np.concatenate([head * (second + rule.std_out) + first, rest * (1.0 + rule.std_out)], -1)
-    return np.concatenate([(head + 1.0) / 2.0 * _range(first, second, rule) + first, rest], -1)
+        scaled, rest = head * (second + rule.std_out) + first, rest * (1.0 + rule.std_out)
+    else:
+        scaled = (head + 1.0) / 2.0 * _range(first, second, rule.range_out, rule) + first
+    return np.concatenate([_masked(scaled, head, stats[group]), rest], -1)
 
 
 def pad_to(values: ArrayLike | torch.Tensor, size: int, name: str = "values") -> Floats:
@@ -138,9 +144,15 @@ def absolute_actions(
     return result
 
 
-def _range(low: Floats, high: Floats, rule: Rule) -> Floats:
-    width = high - low + rule.range_added
+def _range(low: Floats, high: Floats, added: float, rule: Rule) -> Floats:
+    width = high - low + added
     return np.where(width == 0.0, rule.range_if_zero, width) if rule.range_if_zero else width
+
+
+def _masked(scaled: Floats, values: Floats, vectors: Mapping[str, Floats]) -> Floats:
+    """`scaled` where the mask of the statistics, if there is one, is not 0; else `values`."""
+    mask = vectors.get("mask")
+    return scaled if mask is None else np.where(mask[: scaled.shape[-1]] != 0, scaled, values)
 
 
 def _names(mode: str) -> tuple[str, ...]:

@@ -2,14 +2,15 @@
 
 For a camera `image`, a state part `gripper_position` and the whole state, these keys mean the same:
 
-| | openpi | LeRobot |
-|---|---|---|
-| camera | `observation/image`, or `image` in a dictionary under `images` | `observation.images.image` |
-| state | `observation/state`, `state`, or parts: `observation/gripper_position` | `observation.state` |
-| instruction | `prompt` | `task` |
+| | openpi | LeRobot | OpenVLA |
+|---|---|---|---|
+| camera | `observation/image`, or `image` in a dictionary under `images` | `observation.images.image` | `image` |
+| the first of them | | | `full_image` |
+| state | `observation/state`, `state`, or parts: `observation/gripper_position` | `observation.state` | `state` |
+| instruction | `prompt` | `task` | `instruction` |
 
-A name that already is a key as it stands (`observation/front` in one's own robot file) is taken too. A key that
-means nothing is an error: a misspelled camera must not be taken for an absent one.
+Pictures are arrays, tensors or PIL's. A name that already is a key as it stands (`observation/front` in one's own
+robot file) is taken too. A key that means nothing is an error: a misspelled camera must not be taken for an absent one.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from numpy.typing import NDArray
 
 from cortexflow.errors import InputError
-from cortexflow.processing.arrays import Floats, as_floats, shape_of, to_numpy
+from cortexflow.processing.arrays import Floats, as_floats, shape_of
 from cortexflow.processing.images import check_picture
 from cortexflow.processing.robots import Robot
 
 # What LeRobot's batches hold beside the observation, by key, beginning and end.
 IGNORED = ("action", "actions", "timestamp", "frame_index", "episode_index", "index", "task_index", "info", "dataset")
+PROMPTS = ("prompt", "task", "instruction")
+FIRST_CAMERA = "full_image"  # what openvla's evaluation scripts call the picture
 IGNORED_STARTS, IGNORED_ENDS = ("next.",), ("_is_pad",)
 
 Role = tuple[str, str]  # ("camera", its name), ("part", its name), ("state", ""), ("prompt", ""), ("ignored", "")
@@ -70,7 +74,9 @@ def _spellings(name: str) -> tuple[str, ...]:
 
 
 def _roles(robot: Robot) -> dict[str, Role]:
-    roles: dict[str, Role] = {"prompt": ("prompt", ""), "task": ("prompt", "")}
+    roles: dict[str, Role] = dict.fromkeys(PROMPTS, ("prompt", ""))
+    if robot.cameras and (first := robot.cameras[0]):
+        roles[FIRST_CAMERA] = ("camera", first)
     for name in robot.ignored:
         roles |= dict.fromkeys((*_spellings(name), f"observation.images.{name}"), ("ignored", ""))
     for part, _ in robot.state:
@@ -99,12 +105,22 @@ def _by_role(robot: Robot, observation: Any) -> dict[Role, tuple[str, Any]]:
         if role is None:
             unknown.append(str(key))
         elif value is not None and role[0] != "ignored":
+            value = _from_pil(key, value) if isinstance(value, PIL.Image.Image) else value
             if role in found:
                 raise InputError(f"observation: expected one of {found[role][0]} and {key}, found both; leave one out")
             found[role] = (key, value)
     if unknown:
         raise InputError(f"observation: {_expected(robot)}; found the unknown key {', '.join(unknown[:8])[:200]}")
     return found
+
+
+def _from_pil(key: str, picture: PIL.Image.Image) -> NDArray[Any]:
+    if picture.mode[0] in "IF":
+        raise InputError(f"{key}: expected 8 bits per channel, found a PIL picture of mode {picture.mode}; convert it")
+    try:
+        return np.asarray(picture.convert("RGB"))
+    except OSError as reason:  # a file opened late
+        raise InputError(f"{key}: expected a picture, found one that PIL cannot read ({reason})") from reason
 
 
 def _look_up(roles: Mapping[str, Role], key: Any) -> Role | None:
@@ -184,7 +200,7 @@ def _vectors(key: str, value: Any, size: int, count: int, batched: bool) -> Floa
         names = f"({count}, {size or 'values'})" if batched else f"({size or 'values'},)"
         raise InputError(f"{key}: expected shape {names}, found {shape}{_why(shape, batched)}")
     if scalar:
-        value = np.asarray(to_numpy(value)).reshape(wanted)
+        value = (value if isinstance(value, torch.Tensor) else np.asarray(value)).reshape(wanted)
     return as_floats(value, key).reshape(count, -1)
 
 

@@ -1,7 +1,7 @@
 """An instruction becomes the token slots of the prompt bucket.
 
-A prompt format is a row of `PROMPT_FORMATS`: how the text is cleaned, and the pieces that are encoded one after
-the other, without and with the discretised state. Nothing here knows a model's class.
+A prompt format is a row of `PROMPT_FORMATS`: how the text is cleaned, the pieces that are encoded one after the
+other, without and with the discretised state, and the id that must end them. Nothing here knows a model's class.
 
 | format | as in |
 |---|---|
@@ -9,6 +9,8 @@ the other, without and with the discretised state. Nothing here knows a model's 
 | `pi05` | openpi and lerobot: `Task: ..., State: ...;\\nAction: `; without the state the same as `pi0` |
 | `pi0_lerobot` | lerobot: the text as it is, a newline appended if it has none, encoded in one piece |
 | `pi05_realtime` | realtime-vla: as `pi05`, but newlines inside the text stay |
+| `openvla` | OpenVLA: `In: What action should the robot take to ...?\\nOut:`, lower case, ended by Llama's lone space |
+| `openvla_v01` | OpenVLA v0.1: Vicuna's conversation in place of `In:` and `Out:` |
 """
 
 from __future__ import annotations
@@ -36,11 +38,15 @@ class Encoder(Protocol):
 
 
 class PromptFormat(NamedTuple):
-    """One row of `PROMPT_FORMATS`. Pieces contain `{text}` and `{state}`; `with_state` is None if it has no place."""
+    """One row of `PROMPT_FORMATS`. Pieces contain `{text}` and `{state}`; `with_state` is None if it has no place.
+
+    `closing` is an id that is put behind the last unless it is the last; None: none is.
+    """
 
     clean: Callable[[str], str]
     without_state: tuple[str, ...]
     with_state: tuple[str, ...] | None
+    closing: int | None = None
 
 
 def clean_openpi(text: str) -> str:
@@ -58,6 +64,14 @@ def clean_realtime(text: str) -> str:
     return text.strip().replace("_", " ")
 
 
+_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# The piece of a space alone: the training text goes on with one, and the released model appends it when it predicts
+# (openvla prismatic/extern/hf/modeling_prismatic.py, predict_action).
+_LLAMA_SPACE = 29871
+
 _PI05_STATE = ("Task: {text}, State: {state};\nAction: ",)
 
 PROMPT_FORMATS: dict[str, PromptFormat] = {
@@ -65,6 +79,16 @@ PROMPT_FORMATS: dict[str, PromptFormat] = {
     "pi05": PromptFormat(clean_openpi, ("{text}", "\n"), _PI05_STATE),
     "pi0_lerobot": PromptFormat(clean_lerobot, ("{text}",), None),
     "pi05_realtime": PromptFormat(clean_realtime, ("{text}", "\n"), _PI05_STATE),
+    # openvla experiments/robot/openvla_utils.py (get_vla_action)
+    "openvla": PromptFormat(
+        str.lower, ("In: What action should the robot take to {text}?\nOut:",), None, closing=_LLAMA_SPACE
+    ),
+    "openvla_v01": PromptFormat(
+        str.lower,
+        (_VICUNA + " USER: What action should the robot take to {text}? ASSISTANT:",),
+        None,
+        closing=_LLAMA_SPACE,
+    ),
 }
 
 
@@ -121,6 +145,16 @@ def prompt_pieces(text: str, *, format: str, bins: Sequence[int] | NDArray[np.in
     return tuple(piece.format(text=row.clean(text), state=state) for piece in row.with_state)
 
 
+def prompt_ids(
+    tokenizer: Encoder, text: str, *, format: str, bins: Sequence[int] | NDArray[np.int64] | None = None
+) -> list[int]:
+    """The ids of a whole prompt, BOS first. Errors as in `prompt_pieces`."""
+    pieces = prompt_pieces(text, format=format, bins=bins)
+    ids = [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece, bos=n == 0)]
+    closing = prompt_format(format).closing
+    return ids if closing is None or ids[-1:] == [closing] else [*ids, closing]
+
+
 def encode_prompt(
     tokenizer: Encoder,
     text: str,
@@ -141,9 +175,7 @@ def encode_prompt(
             f"prompt: expected at most {length} tokens (the prompt bucket), found {len(text)} characters; "
             "shorten the instruction"
         )
-    pieces = prompt_pieces(text, format=format, bins=bins)
-    ids = [i for n, piece in enumerate(pieces) for i in tokenizer.encode(piece, bos=n == 0)]
-    return pad_tokens(ids, length, truncate=truncate)
+    return pad_tokens(prompt_ids(tokenizer, text, format=format, bins=bins), length, truncate=truncate)
 
 
 def pad_tokens(

@@ -12,9 +12,10 @@
     asset = "my_data_set"                   # which of several assets/*/norm_stats.json
     norm = "quantile"                       # mean_std, quantile or identity; default: the model family's
     state_in_prompt = true                  # π0.5 only: openpi's discrete_state_input
-    resize = "pil"                          # pil (openpi) or lerobot
-    eps = "openpi"                          # openpi or lerobot: the small constants of the normalisation
-    adapt = "none"                          # none, or aloha for Aloha's joint signs and gripper units
+    resize = "pil"                          # pil (openpi), lerobot, openvla or openvla_crop
+    eps = "openpi"                          # openpi, lerobot or openvla: the small constants of the normalisation
+    adapt = "none"                          # none; aloha for Aloha's joint signs and gripper units; libero_gripper for
+                                            # OpenVLA's gripper in LIBERO
 
 The first four lines are the least (three without the name). Unknown keys are errors. What is left out comes
 from the checkpoint's files where they tell (LeRobot), else from openpi's settings for its family.
@@ -29,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from cortexflow.errors import ConfigError
-from cortexflow.processing.images import METHODS
+from cortexflow.processing.images import RESIZES
 from cortexflow.processing.normalise import MODES, RULES
 from cortexflow.processing.robots import ADAPTATIONS, ROBOTS, Robot
 
 NEEDED = ("cameras", "state", "actions")
-CHOICES: dict[str, Collection[str]] = {"norm": MODES, "resize": METHODS, "eps": RULES, "adapt": ADAPTATIONS}
+CHOICES: dict[str, Collection[str]] = {"norm": MODES, "resize": RESIZES, "eps": RULES, "adapt": ADAPTATIONS}
 RESERVED = ("images", "prompt", "task", "state")  # keys of every observation
 MOST = 1024  # cameras, values of a state or of an action: more is a mistake
 

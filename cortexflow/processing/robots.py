@@ -6,7 +6,7 @@ Source: openpi src/openpi/policies/{libero,droid,aloha}_policy.py and the client
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,12 @@ ROBOTS: dict[str, Robot] = {
         asset="trossen",
     ),
 }
+
+
+def of_one_view(row: Robot) -> Robot:
+    """The robot as a network of one picture sees it: its first camera; the others may be given and are not used."""
+    cameras = [camera for camera in row.cameras if camera is not None]
+    return replace(row, cameras=tuple(cameras[:1]), required=(), ignored=(*row.ignored, *cameras[1:]))
 
 
 def robot(name: str) -> Robot:
@@ -171,6 +177,16 @@ def _aloha(values: ArrayLike | torch.Tensor, name: str) -> Floats:
     return result * ALOHA_FLIP
 
 
+def libero_gripper(actions: ArrayLike | torch.Tensor) -> Floats:
+    """OpenVLA's last value, 1 open and 0 closed, as LIBERO's gripper takes it: -1 opens, 1 closes. float64 [..., n].
+
+    Source: openvla experiments/robot/robot_utils.py (normalize_gripper_action with binarize, invert_gripper_action).
+    """
+    result = as_floats(actions, "actions")
+    result[..., -1] = -np.sign(2.0 * result[..., -1] - 1.0)
+    return result
+
+
 class Adaptation(NamedTuple):
     """One row of `ADAPTATIONS`: the robot's state on the way in, its actions on the way out."""
 
@@ -181,4 +197,5 @@ class Adaptation(NamedTuple):
 ADAPTATIONS: dict[str, Adaptation] = {
     "none": Adaptation(lambda state: as_floats(state, "state"), lambda actions: as_floats(actions, "actions")),
     "aloha": Adaptation(aloha_state, aloha_actions),
+    "libero_gripper": Adaptation(lambda state: as_floats(state, "state"), libero_gripper),
 }

@@ -11,7 +11,7 @@ import torch
 
 from cortexflow.errors import CheckpointError, ConfigError, InputError
 from cortexflow.processing.normalise import normalise
-from cortexflow.processing.pipeline import PROCESSINGS, Processing, finish_actions, prepare_observation
+from cortexflow.processing.pipeline import FAMILIES, PROCESSINGS, Processing, finish_actions, prepare_observation, suits
 from cortexflow.processing.prompts import encode_prompt, state_bins
 from cortexflow.processing.robots import aloha_actions, aloha_state
 from cortexflow.processing.stats import Stats, make_stats
@@ -195,7 +195,10 @@ def test_presets(name: str) -> None:
     row = PROCESSINGS[name]
     pi0 = "pi0" in name.split("_")
     assert row.norm == ("mean_std" if pi0 else "quantile")
-    assert row.prompt_length == (48 if pi0 else 200)
+    tokens = name.startswith("openvla")
+    assert (row.action_bins is not None) == bool(row.towers) == (row.eps == "openvla") == tokens
+    assert row.prompt_length == (48 if pi0 else 64 if tokens else 200)
     assert row.continuous_state == pi0
+    assert [family for family in FAMILIES if suits(row, family)] == ["pi0" if pi0 else "openvla" if tokens else "pi05"]
     assert (row.eps == row.resize == "lerobot") == name.startswith("lerobot")
     assert len(row.delta_mask) in (0, row.output_dim)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -60,8 +61,8 @@ def test_encode_starts_with_bos_and_ends_without_eos(tokenizer: PromptTokenizer)
 def test_tokenizer_errors(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
     with pytest.raises(CheckpointError, match=r"does not exist.*paligemma_tokenizer.model or tokenizer.model"):
         load_tokenizer(tmp_path / "absent")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"looked for paligemma.*found tokenizer.json.*sentencepiece"):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"looked for paligemma.*found tokenizer_config.json.*sentencepiece"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match="expected a sentencepiece model"):
@@ -70,16 +71,11 @@ def test_tokenizer_errors(tmp_path: Path, tokenizer: PromptTokenizer) -> None:
         tokenizer.encode(["a", "b"])  # type: ignore[arg-type]
 
 
-def test_tokenizer_without_bos() -> None:
-    class Silent:
-        def bos_id(self) -> int:
-            return -1
-
-        def vocab_size(self) -> int:
-            return 9
-
-    with pytest.raises(CheckpointError, match="no BOS piece"):
-        PromptTokenizer(Silent())
+def test_tokenizer_without_bos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_bytes: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(model_bytes)
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "bos_id", lambda self: -1)
+    with pytest.raises(CheckpointError, match="expected a sentencepiece model with a BOS piece, found none"):
+        load_tokenizer(tmp_path)
 
 
 # --- text
@@ -185,10 +181,11 @@ def test_given_bins_are_checked() -> None:
 def test_padding_with_a_real_tokenizer(tokenizer: PromptTokenizer, name: str) -> None:
     pieces = prompt_pieces("open the_drawer", format=name)
     ids = [tokenizer.bos_id] + [i for piece in pieces for i in tokenizer.encode(piece, bos=False)]
-    tokens, mask = encode_prompt(tokenizer, "open the_drawer", format=name, length=48)
+    ids += filter(None, [PROMPT_FORMATS[name].closing])
+    tokens, mask = encode_prompt(tokenizer, "open the_drawer", format=name, length=200)
     assert tokens[mask].tolist() == ids
     assert not tokens[len(ids) :].any()
-    assert mask.tolist() == [True] * len(ids) + [False] * (48 - len(ids))
+    assert mask.tolist() == [True] * len(ids) + [False] * (200 - len(ids))
 
 
 def test_bucket_edges() -> None:

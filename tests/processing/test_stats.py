@@ -1,4 +1,4 @@
-"""Statistics on disk: the three forms, what is written is read again, and files that do not fit."""
+"""Statistics on disk: their forms, what is written is read again, and files that do not fit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from cortexflow.errors import CheckpointError, ConfigError
-from cortexflow.processing.stats import (
-    POSTPROCESSOR,
-    PREPROCESSOR,
-    Stats,
-    asset_ids,
-    check_stats,
-    lerobot_options,
-    load_stats,
-    make_stats,
-    save_stats,
-    stats_file,
-)
+from cortexflow.processing.stats import Stats, check_stats, make_stats
+from cortexflow.processing.stats_files import asset_ids, load_stats, stats_file
+from cortexflow.processing.stats_lerobot import POSTPROCESSOR, PREPROCESSOR, lerobot_options, save_stats
 
 
 def same(found: Stats, expected: Stats, rtol: float = 0.0) -> None:
@@ -286,3 +277,57 @@ def test_check_stats(stats: Stats) -> None:
         check_stats(stats, "file", "state", ("q01",), (7, 32))
     with pytest.raises(CheckpointError, match="file: expected the key 'state' to hold q50, found mean, q01, q99, std"):
         check_stats(stats, "file", "state", ("q50",), ())
+
+
+# --- OpenVLA
+
+ACTION = {"q01": [-1.0, 0.0], "q99": [1.0, 2.0], "mean": [0.0, 0.5], "std": [1.0, 1.0], "mask": [True, False]}
+
+
+def write_datasets(file: Path, tables: Any) -> Path:
+    file.write_text(json.dumps({"model_type": "openvla", "norm_stats": tables} if "config" in file.name else tables))
+    return file
+
+
+def test_datasets_of_config_json(tmp_path: Path) -> None:
+    other = {"action": {"q01": [0.0], "q99": [0.5]}, "num_trajectories": 3}
+    file = write_datasets(tmp_path / "config.json", {"bridge_orig": {"action": ACTION}, "kuka": other})
+    for path in (tmp_path, file):
+        assert asset_ids(path) == ["bridge_orig", "kuka"]
+        found = load_stats(path, asset_id="bridge_orig")
+        assert found["state"] == {}
+        assert found["actions"]["mask"].tolist() == [1.0, 0.0]
+        assert found["actions"]["q99"].tolist() == [1.0, 2.0]
+        assert "mask" not in load_stats(path, asset_id="kuka")["actions"]
+        assert stats_file(path, asset_id="kuka") == file
+    for wanted, words in ((None, "the statistics of one dataset"), ("viola", "the dataset 'viola'")):
+        with pytest.raises(CheckpointError, match=f"expected {words}, found those of bridge_orig, kuka; pass asset_id"):
+            load_stats(tmp_path, asset_id=wanted)
+
+
+def test_dataset_statistics_replace_those_of_config_json(tmp_path: Path) -> None:
+    write_datasets(tmp_path / "config.json", {"bridge_orig": {"action": ACTION}})
+    write_datasets(tmp_path / "dataset_statistics.json", {"mine": {"action": ACTION | {"q99": [5.0, 5.0]}}})
+    assert load_stats(tmp_path)["actions"]["q99"].tolist() == [5.0, 5.0]
+    with pytest.raises(CheckpointError, match="expected the dataset 'bridge_orig', found those of mine"):
+        load_stats(tmp_path, asset_id="bridge_orig")
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({}, "expected a table of statistics for each dataset, found {}"),
+        ([1], r"expected a table of statistics for each dataset, found \[1\]"),
+        ({"a": {"state": {}}}, "a: expected the key action with q01 and q99, found {'state': {}}"),
+        ({"a": {"action": {}}}, "'action' must hold vectors of one length"),
+        ({"a": {"action": ACTION | {"q01": [0.0]}}}, "one length.*'q01': 1"),
+        ({"a": {"action": ACTION | {"q01": [9.0, 9.0]}}}, "action.q99: expected at least q01, found 1 and 9"),
+        ({"a": {"action": ACTION | {"q99": [1.0, float("nan")]}}}, "action.q99.*NaN"),
+        ({"a": {"action": ACTION | {"mask": [True]}}}, r"action.mask: expected 2 of true and false, found \[True\]"),
+        ({"a": {"action": ACTION | {"mask": [1, 0]}}}, "action.mask: expected 2 of true and false"),
+    ],
+)
+def test_bad_datasets(tmp_path: Path, tables: Any, message: str) -> None:
+    write_datasets(tmp_path / "dataset_statistics.json", tables)
+    with pytest.raises(CheckpointError, match=f"dataset_statistics.json: .*{message}"):
+        load_stats(tmp_path)
