@@ -333,11 +333,10 @@ def _check_return(*types: Type, names: tuple[str, ...]) -> list[Type]:
     return []
 
 
-def _loop_types(*init: Type, trips: int, early_stop: bool, settled: bool, body: Block) -> list[Type]:
+def _loop_types(*init: Type, trips: int, early_stop: bool, body: Block) -> list[Type]:
     yielded = [v.type for v in body.ops[-1].inputs]
     require(trips >= 1, f"trips must be positive, found {trips}")
     require(body.ops[-1].name == "yield", "the body must end in yield")
-    require(early_stop or not settled, "a loop without early_stop cannot be settled by it")
     if early_stop:
         require(
             bool(yielded) and yielded[0] == Type("bool", ()),
@@ -366,31 +365,25 @@ define(
         "loop",
         _loop_types,
         cost=_loop_cost,
-        defaults={"early_stop": False, "settled": False},
+        defaults={"early_stop": False},
         required=("trips",),
-        doc="Run the body `trips` times: (step, carried...) → carried; with `early_stop`, a bool first ends it; "
-        "`settled`: further steps would change no result that is read.",
+        doc="Run the body `trips` times: (step, carried...) → carried; with `early_stop`, a bool first ends it.",
     )
 )
 
 
 def loop(
-    init: Sequence[Value],
-    trips: int,
-    body: Callable[..., Sequence[Value]],
-    early_stop: bool = False,
-    settled: bool = False,
+    init: Sequence[Value], trips: int, body: Callable[..., Sequence[Value]], early_stop: bool = False
 ) -> list[Value]:
     """Carry values through `trips` steps of a body, and return them.
 
     `body(step, *carried)` returns the next carried values, with `early_stop` behind a bool scalar
-    that ends the loop after this step. `settled` promises that further steps would change nothing of what is
-    read behind the loop: a target that cannot stop may run on. The body may read outer values.
+    that ends the loop after this step. The body may read outer values.
     """
     block = Block([Value(Type("i32", ()), "step"), *[Value(v.type, v.name) for v in init]])
     with building(block):
         emit("yield", list(body(*block.args)), {})
-    return emit("loop", init, {"trips": trips, "early_stop": early_stop, "settled": settled}, block)
+    return emit("loop", init, {"trips": trips, "early_stop": early_stop}, block)
 
 
 def axis_name(t: Type, axis: int) -> int:

@@ -212,7 +212,7 @@ def _further_tokens(c: ModelConfig, s: Signature, p: Params, first: Value, lengt
 
     empty = broadcast_to(scalar(0.0, p.dtype), shape=(b, count, c.num_kv_heads, c.head_dim))
     start = [first, eq(first, scalar(c.eos_token_id, "i32")), broadcast_to(pad, shape=(b, count)), length]
-    return loop([*start, *[empty] * (2 * len(prefix))], count, step, early_stop=True, settled=True)[2]
+    return loop([*start, *[empty] * (2 * len(prefix))], count, step, early_stop=True)[2]
 
 
 def _pairs(flat: Sequence[Value]) -> Cache:

@@ -1,7 +1,6 @@
 """Expose named inner values as results, so that any target can show what happens inside.
 
-A value inside a loop is recorded at every step: its result has a leading axis of `trips`. Behind an early
-stop its rows are zero, or those of a target that ran on.
+A value inside a loop is recorded at every step: its result has a leading axis of `trips`.
 """
 
 from __future__ import annotations

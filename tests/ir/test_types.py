@@ -205,11 +205,6 @@ def test_bad_loops_are_refused(case: tuple[list[tuple[Any, ...]], int, Body, boo
     assert message in str(error.value) and str(error.value).startswith("loop: ")
 
 
-def test_only_a_loop_that_may_stop_is_settled() -> None:
-    with function("f", x=Type("f32", (2,))) as (_, [x]), pytest.raises(VerifyError, match="without early_stop"):
-        ops.loop([x], 3, lambda i, c: [c], settled=True)
-
-
 def test_types_check_themselves() -> None:
     for dtype, shape in (("f33", ()), ("f32", (-1,)), ("f32", (True,)), ("f32", (2.0,)), ("f32", [2]), ("f32", 2)):
         with pytest.raises(VerifyError):

@@ -313,27 +313,6 @@ def test_the_loop_stops_when_all_have_ended(tmp_path: Path) -> None:
         assert [bool(step.any()) for step in logits] == [True, True, False, False, False], how
 
 
-def test_running_on_behind_the_end_changes_no_result(tmp_path: Path) -> None:
-    """What the loop promises to targets that cannot stop."""
-    config = sized("odd", action_dim=6)
-    pixels, prompts = episodes(config, 5, (4,))
-    ids = reference(random_tensors(config, 5), config, pixels[0], prompts[0], torch.float64)["token_ids"][0].tolist()
-    model, tensors = load_model(write_random(tmp_path, sized("odd", action_dim=6, eos_token_id=ids[1]), 5))
-    module, inputs = (
-        model.build(Signature.of(model.config, prompt=8)),
-        {"pixel_values": pixels[0], **padded(prompts, 8)},
-    )
-    stopped = run_module(module, inputs, tensors)
-    (loop,) = [op for op in module.stages[-1].block.ops if op.name == "loop"]
-    assert loop.attrs["settled"] and loop.body is not None
-    loop.attrs |= {"early_stop": False, "settled": False}
-    del loop.body.ops[-1].inputs[0]
-    verify(module)
-    ran_on = run_module(module, inputs, tensors)
-    assert stopped["token_ids"].tolist() == ran_on["token_ids"].tolist() == [ids[:2] + [config.pad_token_id] * 4]
-    assert torch.equal(stopped["actions"], ran_on["actions"])
-
-
 def test_bins_are_those_of_the_published_code() -> None:
     """By the head's choice of one id: every bin, what lies outside, in float64."""
     from cortexflow.models.openvla import _centres

@@ -183,7 +183,7 @@ class Stage:
     def loop(self, op: Op, indent: str) -> None:
         """A counted loop; carried values stay in their buffers."""
         assert op.body is not None
-        if op.attrs["early_stop"] and not op.attrs["settled"]:
+        if op.attrs["early_stop"]:
             raise TargetError("target 'triton' captures one CUDA graph and cannot stop a loop early")
         step = op.body.args[0]
         self.copies(op, False, indent)
