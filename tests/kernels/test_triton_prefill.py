@@ -103,11 +103,12 @@ def summed_norm(
     return case
 
 
-def glu(m: int, w: int, act: str) -> Case:
+def glu(m: int, w: int, act: str, pairs: bool = False) -> Case:
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
         h, out = draw.rows(m, 2 * w), draw.poisoned(m, w)
-        rows.glu(h, out, act)
-        return out, meaning("act", h[:, :w], kind=act) * h[:, w:].double()
+        rows.glu(h, out, act, pairs=pairs)
+        gate, up = (h[:, ::2], h[:, 1::2]) if pairs else (h[:, :w], h[:, w:])
+        return out, meaning("act", gate, kind=act) * up.double()
 
     return case
 
@@ -237,6 +238,7 @@ SMALL: dict[str, Case] = {
     "summed_norm scaled": summed_norm(2, 19, shift=False),
     **{f"glu {a}": glu(2, 21, a) for a in ACTS},
     "glu in pieces": glu(2, 2051, "gelu_tanh"),
+    "glu of pairs": glu(2, 2051, "silu", True),
     "rope": rope(1, 5, 3, 10),
     "rope of one head": rope(1, 3, 1, 16),
     "rope and cache": rope_and_cache(1, 5, 6, 2, 24),
@@ -295,6 +297,7 @@ LARGE: dict[str, Case] = {
     "summed_norm wide": summed_norm(37, 2048, gate=False, onto="x"),
     **{f"glu {a}": glu(13, 999, a) for a in ACTS},
     "glu": glu(561, 16384, "gelu_tanh"),
+    "glu of pairs": glu(277, 11008, "silu", True),
     "rope": rope(1, 561, 8, 256),
     "rope odd": rope(1, 21, 5, 18),
     "rope and cache": rope_and_cache(1, 561, 8, 1, 256),

@@ -86,14 +86,9 @@ def _like_result(op: Op, residual: int) -> bool:
     return op.inputs[residual].type.shape == op.out.type.shape
 
 
-def _normed(op: Op) -> bool:
-    """Whether a norm suits the prologue of a product of few rows over a large matrix, which loops over k."""
-    return _matrix(op, 0, 1) and row_count(op.inputs[0]) <= FEW_ROWS and op.inputs[1].type.shape[0] >= 512
-
-
 STREAMED: Mapping[str, Callable[[Op], bool]] = {
-    "fused.norm_matmul": lambda o: streams(o, 0, 1, norm=True) or _normed(o),
-    "fused.norm_glu": lambda o: streams(o, 0, 1, glu=True, norm=True) or (_normed(o) and o.attrs["width"] % 64 == 0),
+    "fused.norm_matmul": lambda o: streams(o, 0, 1, norm=True),
+    "fused.norm_glu": lambda o: streams(o, 0, 1, glu=True, norm=True),
     "fused.modulated_norm_matmul": lambda o: streams(o, 0, 3, norm=True, modulated=True) and _modulated(o),
     "fused.modulated_norm_glu": lambda o: streams(o, 0, 3, glu=True, norm=True, modulated=True) and _modulated(o),
 }

@@ -45,22 +45,20 @@ def segmented(stage: Stage, op: Op) -> Any:
 def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, result: str) -> Any:
     """Of `kernels/triton/product.py` for x [m, k] @ w [k, n]; None for the library.
 
-    `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, `norm` in front for a
-    norm of x, which the library has not. `result`: its dtype; it has not either what is wider than `dtype`, where
-    logits are wanted as they were summed.
+    `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, which stands behind the
+    library's product. `result`: its dtype, wider than `dtype` where logits are wanted as they were summed, which the
+    library has not.
     """
     from cortexflow.kernels.triton import product
 
-    unit, norm = what.endswith("pairs"), what.startswith("norm")
-    alone, few = unit or norm or result != dtype, m <= FEW_ROWS
+    unit, wider, few = what == "pairs", result != dtype, m <= FEW_ROWS
     off = "epilogues" in stage.program.without or (few and "streaming" in stage.program.without)
-    if not alone and (off or dtype not in TENSOR_CORES or FEW_ROWS < m < 64):
+    if not unit and not wider and (off or dtype not in TENSOR_CORES or FEW_ROWS < m < 64):
         return None
-    offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few or unit else 6)
-    offered = [c for c in offered if not norm or (c.split == 1 and not c.more)]
+    offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few else 6)
     default: Any = product.default(m, n, k, unit, _shared_bytes())
-    if not alone:
-        offered, default = [LIBRARY, *offered], default if few else LIBRARY
+    if not wider and (not unit or m * n <= SCRATCH):
+        offered, default = [LIBRARY, *offered], default if unit or few else LIBRARY
     measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what, result) if stage.program.tune else None
     key = (dtype, m, n, k, what) if result == dtype else (dtype, m, n, k, what, result)
     found = choose("product", key, offered, default, measure)
@@ -101,25 +99,28 @@ def _measure_product(
 ) -> Callable[[Any], float]:
     """Microseconds of a product with its epilogue, over weights that the cache does not hold from call to call."""
     from cortexflow.kernels.triton import product
-    from cortexflow.kernels.triton.rows import epilogue
+    from cortexflow.kernels.triton.rows import epilogue, glu
 
-    unit = what.endswith("pairs")
+    unit = what == "pairs"
     wide = 2 * n if unit else n
     copies = max(2, min(8, (200 << 20) // (k * wide * 2)))
     x, bias, r = (_random(*s, dtype=dtype) for s in ((m, k), (n,), (m, n)))
     out = _random(m, n, dtype=TORCH_DTYPES[result])
-    scratch = torch.empty(1 << 23, device="cuda")
+    scratch = torch.empty(SCRATCH, device="cuda")
+    both = scratch.view(dtype)[: 2 * m * n].view(m, -1)
     ws = itertools.cycle([_random(k, wide, dtype=dtype) * k**-0.5 for _ in range(copies)])
     ends: dict[str, Any] = {"bias": bias} if "linear" in what else {}
     ends |= {"residual": r} if "residual" in what else {}
     act = what.split()[1] if what.startswith("linear_act ") else "gelu_tanh"
     ends |= {"act": act} if "act" in what or unit else {}
-    ends |= {"eps": 1e-6} if what.startswith("norm") else {}
 
     def launch(config: Any) -> None:
         w = next(ws)
         if config != LIBRARY:
             product.product(x, w, out, **ends, pairs=unit, scratch=scratch, config=product.Config(*config))
+        elif unit:
+            torch.mm(x, w, out=both)
+            glu(both, out, act, pairs=True)
         elif what == "linear_act":
             torch._addmm_activation(bias, x, w, use_gelu=True, out=out)
         elif "act" in ends:

@@ -48,6 +48,11 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def halves(scratch: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    """Room for both factors of a gated unit's result."""
+    return scratch[0].view(out.dtype)[: 2 * out.numel()].view(len(out), -1)
+
+
 def settle(scratch: tuple[Tensor, Tensor]) -> None:
     """Wait for everything before: a kernel behind this may read it before it waits for its turn."""
     scratch[1][-1:].zero_()

@@ -56,21 +56,6 @@ def _some(stage: Stage, op: Op, x: int, w: int, glu: bool = False, whole: bool =
 # ---- products of few rows ----------------------------------------------------------------------------
 
 
-def _norm_product(stage: Stage, op: Op, out: str) -> list[str]:
-    """A norm, and a product that it is the prologue of."""
-    x, w = op.inputs
-    unit = op.name == "fused.norm_glu"
-    if streams(op, 0, 1, glu=unit, norm=True):
-        return _streamed(stage, op, out)
-    (k, n), what = w.type.shape, "norm pairs" if unit else "norm matmul"
-    config = multiplying(stage, x.type.dtype, row_count(x), n // (1 + unit), k, what, x.type.dtype)
-    operands = (
-        f"{_flat(stage, x)}, {stage.weight(w, 'pairs' if unit else 'plain')}, rows({out}), eps={op.attrs['eps']!r}"
-    )
-    more = f", act={op.attrs['kind']!r}, pairs=True" if unit else ""
-    return [f"product.product({operands}{more}, config=product.{config!r})"]
-
-
 def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
     given = dict(zip(ROLES[op.name], op.inputs, strict=True))
     glu, norm = op.name.endswith("glu"), "eps" in op.attrs
@@ -242,8 +227,11 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
         return _warped(stage, op, out, x, w, glu=True)
     k, n = w.type.shape
     config = multiplying(stage, x.type.dtype, row_count(x), n // 2, k, "pairs", x.type.dtype)
-    operands = f"{_flat(stage, x)}, {stage.weight(w, 'pairs')}, rows({out})"
-    return [f"product.product({operands}, act={op.attrs['kind']!r}, pairs=True, config=product.{config!r})"]
+    operands, act = f"{_flat(stage, x)}, {stage.weight(w, 'pairs')}", f"act={op.attrs['kind']!r}, pairs=True"
+    if config is not None:
+        return [f"product.product({operands}, rows({out}), {act}, config=product.{config!r})"]
+    both = f"halves(self.scratch, rows({out}))"  # the library's product of pairs, the unit behind it
+    return [f"torch.mm({operands}, out={both})", f"glu({both}, rows({out}), {act})"]
 
 
 def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = "") -> list[str] | None:
@@ -372,8 +360,6 @@ def _gather(stage: Stage, op: Op, out: str) -> list[str]:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(STREAMED, _streamed),
-    "fused.norm_matmul": _norm_product,
-    "fused.norm_glu": _norm_product,
     "fused.rotated_attention_segments": _segments,
     "fused.attention_segments": _token,
     "fused.modulated_norm": _modulated_norm,

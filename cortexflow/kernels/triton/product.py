@@ -54,6 +54,14 @@ def _block(
 
 
 @triton.jit
+def fetch(place):
+    """Bring the lines of 128 bytes at some places to the cache that all programs share."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _add(x, w, acc, SWAP: tl.constexpr, EXACT: tl.constexpr):
     """acc + x @ w, or its transpose."""
     if SWAP:
@@ -116,15 +124,17 @@ def _finish(
 
 @triton.jit
 def product_kernel(
-    x, x_more, w, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row, eps,
+    x, x_more, w, w_rows, out, parts, bias, residual, gate, M, N, K, x_row, w_row, out_row, residual_row,
     ROWS: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLIT: tl.constexpr,
     GROUP: tl.constexpr, SWAP: tl.constexpr, X_ALIGN: tl.constexpr, W_ALIGN: tl.constexpr,
     EXACT: tl.constexpr, ACT: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    GATE: tl.constexpr, NORM: tl.constexpr,
+    GATE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS + MORE rows and COLUMNS columns: whole, or one part of K in float32. NORM: of whole rows of x."""
+    """A tile of ROWS + MORE rows and COLUMNS columns: whole, or one part of K in float32.
+
+    AHEAD: rows of w that a tile has brought to the cache before it waits for the kernel ahead.
+    """
     let_next_start()
-    wait_for_previous()
     down, across = tl.cdiv(M, ROWS + MORE), tl.cdiv(N, COLUMNS)
     extent = tl.cdiv(tl.cdiv(K, DEPTH), SPLIT) * DEPTH
     WIDE: tl.constexpr = 2 * COLUMNS if GLU else COLUMNS
@@ -136,28 +146,22 @@ def product_kernel(
     height = min(down - first, GROUP)
     place = tile % (GROUP * across)
     row, column = (first + place % height) * (ROWS + MORE), place // height * COLUMNS
+    if AHEAD:
+        k = tl.minimum(part * extent + tl.arange(0, AHEAD), K - 1).to(tl.int64)
+        fetch(w_rows + k[:, None] * w_row + column * (WIDE // COLUMNS) + tl.arange(0, WIDE // 64)[None, :] * 64)
+    wait_for_previous()
 
     acc = _zeros(ROWS, WIDE, SWAP)
     if MORE:
         acc_more = _zeros(MORE, WIDE, SWAP)
-    squares = tl.zeros((ROWS,), tl.float32)
     for k in tl.range(part * extent, min((part + 1) * extent, K), DEPTH):
         b = _block(w, k, column * (WIDE // COLUMNS), K, width, w_row, DEPTH, WIDE, W_ALIGN)
         a = _block(x, row, k, M, K, x_row, ROWS, DEPTH, X_ALIGN)
         acc = _add(a, b, acc, SWAP, EXACT)
-        if NORM:
-            f = a.to(tl.float32)
-            squares += tl.sum(f * f, axis=1)
         if MORE:
             a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
             acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
 
-    if NORM:  # norm(x) @ w = (x @ w) / the root of x's mean square
-        r = tl.rsqrt(squares / K + eps)
-        if SWAP:
-            acc *= r[None, :]
-        else:
-            acc *= r[:, None]
     _store(acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
            ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
     if MORE:
@@ -235,15 +239,13 @@ def product(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     pairs: bool = False,
-    eps: float | None = None,
     scratch: Tensor | None = None,
     config: Config | None = None,
 ) -> None:
     """out [m, n] = residual + gate · act(x [m, k] @ w [k, n] + bias); bias and gate [n].
 
     With `pairs`, w is [k, 2 n], a gate column beside its up column, bias [2 n] likewise, and the activation becomes
-    act(gate) · up. `eps` asks for the RMS norm of x's rows before. Rows of x, out and residual may be strided; w is
-    row-major. `out` may be the residual itself.
+    act(gate) · up. Rows of x, out and residual may be strided; w is row-major. `out` may be the residual itself.
     `scratch`: float32, split · m · n entries, where `config` splits k. Raises ValueError where rows of x or w are
     not dense, where `pairs` are to be split, and where scratch is too small.
     """
@@ -252,10 +254,8 @@ def product(
     c = config or default(m, n, k, pairs, _shared_bytes(x.device), x.element_size())
     if x.stride(1) != 1 or w.stride(1) != 1:
         raise ValueError("rows of x and w must be dense")
-    if c.split > 1 and (pairs or eps is not None):
-        raise ValueError("a product with a gated unit or with a norm is not split")
-    if c.more and eps is not None:
-        raise ValueError("a product with a norm has tiles of one piece")
+    if pairs and c.split > 1:
+        raise ValueError("a product with a gated unit is not split")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
     x_align, w_align = _alignment(x), _alignment(w)
@@ -264,6 +264,8 @@ def product(
         given[:2] = [TensorDescriptor.from_tensor(x, [rows or c.rows, c.depth]) for rows in (c.rows, c.more)]
     if w_align == 0:
         given[2] = TensorDescriptor.from_tensor(w, [c.depth, c.columns * (2 if pairs else 1)])
+    ahead = c.stages * c.depth if m <= FEW_ROWS and overlaps() and w.element_size() == 2 else 0
+    ahead = triton.next_power_of_2(ahead + 1) // 2  # as many as are in flight behind the wait, at most
     some = out  # a pointer that is never read
     finish = [some if t is None else t for t in (bias, residual, gate)]
     strides = out.stride(0), 0 if residual is None else residual.stride(0)
@@ -271,10 +273,10 @@ def product(
     parts = some if c.split == 1 else scratch
     units = triton.cdiv(m, c.rows + c.more) * triton.cdiv(n, c.columns) * c.split
     product_kernel[(units,)](
-        *given, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides, eps or 0.0,
+        *given, w, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
         ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8,
         SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="ieee" if x.dtype == torch.float32 else "tf32", GLU=pairs,
-        NORM=eps is not None, **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
+        AHEAD=ahead, **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
     if c.split > 1:
         block = min(512, triton.next_power_of_2(n))

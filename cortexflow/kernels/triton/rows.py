@@ -115,25 +115,34 @@ def summed_norm(
 
 
 @triton.jit
-def glu_kernel(h, out, h_row, out_row, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """A piece of a row: act(first half) · second half."""
+def glu_kernel(h, out, h_row, out_row, WIDTH, KIND: tl.constexpr, BLOCK: tl.constexpr, PAIRS: tl.constexpr):
+    """A piece of a row: act(first half) · second half, or of each pair."""
     let_next_start()
     wait_for_previous()
     row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = k < WIDTH
-    gate = tl.load(h + row * h_row + k, mask=there, other=0.0).to(tl.float32)
-    up = tl.load(h + row * h_row + WIDTH + k, mask=there, other=0.0).to(tl.float32)
+    if PAIRS:
+        both = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+        x = tl.load(h + row * h_row + both, mask=both < 2 * WIDTH, other=0.0).to(tl.float32)
+        gate, up = tl.split(x.reshape(BLOCK, 2))
+    else:
+        gate = tl.load(h + row * h_row + k, mask=there, other=0.0).to(tl.float32)
+        up = tl.load(h + row * h_row + WIDTH + k, mask=there, other=0.0).to(tl.float32)
     tl.store(out + row * out_row + k, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=there)
 
 
-def glu(h: Tensor, out: Tensor, act: str, config: tuple[int, int] | None = None) -> None:
-    """out [m, w] = act(h[:, :w]) · h[:, w:], h [m, 2 w]. `config`: (entries of a program, warps)."""
+def glu(h: Tensor, out: Tensor, act: str, config: tuple[int, int] | None = None, pairs: bool = False) -> None:
+    """out [m, w] = act(h[:, :w]) · h[:, w:], h [m, 2 w]; with `pairs` act(h[:, ::2]) · h[:, 1::2].
+
+    `config`: (entries of a program, warps).
+    """
     m, width = out.shape
     most, warps = config or (2048, 4)
     block = min(most, triton.next_power_of_2(width))
     glu_kernel[(m, triton.cdiv(width, block))](
-        h, out, h.stride(0), out.stride(0), width, KIND=act, BLOCK=block, num_warps=warps, launch_pdl=overlaps()
-    )
+        h, out, h.stride(0), out.stride(0), width, KIND=act, BLOCK=block, PAIRS=pairs, num_warps=warps,
+        launch_pdl=overlaps(),
+    )  # fmt: skip
 
 
 @triton.jit
