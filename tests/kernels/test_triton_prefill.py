@@ -179,6 +179,19 @@ def epilogue_of_a_batch(b: int, m: int, n: int, residual: bool) -> Case:
     return case
 
 
+def argmax(m: int, n: int, ties: bool = False) -> Case:
+    """Places as float64: what is equal is equal, and a wrong place is far off."""
+
+    def case(draw: Draw) -> tuple[Tensor, Tensor]:
+        x, out = draw.rows(m, n), torch.full((m,), -1, dtype=torch.int32, device=draw.device)
+        if ties:
+            x.copy_(x.round().clamp(-2, 2))
+        rows.argmax(x, out)
+        return out, meaning("argmax", x.cpu(), axis=-1, keepdims=False).to(out.device).double() + 0.0
+
+    return case
+
+
 def attention(
     b: int, m: int, n: int, heads: int, groups: int, d: int, mask: str = "none", peak: float = 1.0,
     config: tuple[Any, ...] | None = None,
@@ -245,6 +258,11 @@ SMALL: dict[str, Case] = {
     "rope and cache of one group": rope_and_cache(1, 3, 8, 1, 16),
     "rope and cache in place": rope_and_cache(1, 3, 5, 3, 10, "in place"),
     "rope and cache of keys": rope_and_cache(1, 3, 5, 3, 10, "left"),
+    "rope and cache of many heads": rope_and_cache(2, 3, 16, 8, 12),
+    "rope and cache of many heads in place": rope_and_cache(1, 3, 4, 4, 16, "in place"),
+    "argmax": argmax(3, 37),
+    "argmax of equals": argmax(5, 50, ties=True),
+    "argmax in blocks": argmax(2, 33000, ties=True),
     "rope of a batch": rope(3, 5, 3, 10),
     "rope of a batch that shares angles": rope(2, 5, 1, 16, "one"),
     "rope and cache of a batch": rope_and_cache(3, 5, 6, 2, 24),
@@ -303,6 +321,10 @@ LARGE: dict[str, Case] = {
     "rope and cache": rope_and_cache(1, 561, 8, 1, 256),
     "rope and cache in place": rope_and_cache(1, 21, 5, 3, 18, "in place"),
     "rope and cache of keys": rope_and_cache(1, 21, 5, 3, 18, "left"),
+    "rope and cache of many heads": rope_and_cache(1, 277, 32, 32, 128),
+    "rope and cache of a batch of tokens": rope_and_cache(3, 1, 32, 8, 128),
+    "argmax": argmax(7, 32064),
+    "argmax of equals": argmax(3, 50001, ties=True),
     "rope of a batch": rope(8, 51, 8, 256),
     "rope of a batch that shares angles": rope(3, 21, 5, 18, "one"),
     "rope and cache of a batch": rope_and_cache(8, 561, 8, 1, 256),

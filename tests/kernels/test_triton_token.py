@@ -71,6 +71,7 @@ SMALL = {
     "blind": Case(2, 37, 2, 2, 2, 16, "blind"),
     "sharp": Case(1, 90, 5, 4, 4, 16, peak=40.0),
     "more keys than are fetched ahead": Case(1, 200, 3, 2, 1, 256),
+    "more keys of one head than are fetched ahead": Case(1, 200, 3, 2, 2, 256, peak=9.0),
 }
 LARGE = {
     "seven billion": Case(1, 277, 6, 32, 32, 128),
@@ -108,8 +109,10 @@ def test_small_cases_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("name", ["seven billion", "grouped", "one group"])
 def test_it_fits_every_card(name: str, arch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "shared_memory", lambda: SHARED[arch])
-    recorder = builds.record(module, "token_attention_kernel", arch, monkeypatch)
-    run(LARGE[name]._replace(b=1), "cpu", BF16, 0)
+    case = LARGE[name]._replace(b=1)
+    kernel = "one_head_kernel" if case.heads == case.groups else "token_attention_kernel"
+    recorder = builds.record(module, kernel, arch, monkeypatch)
+    run(case, "cpu", BF16, 0)
     built = recorder.compile()
     check_fits(built, arch, tmp_path)
     ahead, behind = around_wait(built, arch)

@@ -30,8 +30,8 @@ from cortexflow.kernels.torch import functions
 from cortexflow.kernels.torch.functions import *
 from cortexflow.kernels.triton import prefill_attention, product
 from cortexflow.kernels.triton.gather import embed
-from cortexflow.kernels.triton.rows import epilogue, glu, layer_norm, modulated_norm, rms_norm, rope, rope_and_cache
-from cortexflow.kernels.triton.rows import summed_norm
+from cortexflow.kernels.triton.rows import argmax, epilogue, glu, layer_norm, modulated_norm, rms_norm
+from cortexflow.kernels.triton.rows import rope, rope_and_cache, summed_norm
 from cortexflow.kernels.triton.segment_attention import Config, Split, segment_attention
 from cortexflow.kernels.triton.skinny import skinny
 from cortexflow.kernels.triton.thin import thin

@@ -302,6 +302,13 @@ def _concat(stage: Stage, op: Op, out: str) -> list[str]:
     return lines
 
 
+def _argmax(stage: Stage, op: Op, out: str) -> list[str]:
+    x = op.inputs[0]
+    if x.type.dtype not in ("f32", "bf16", "f16") or op.attrs["axis"] not in (-1, len(x.type.shape) - 1):
+        return stage.copied(op, out)
+    return [f"argmax({_flat(stage, x)}, {out}.view(-1))"]
+
+
 def _cache_update(stage: Stage, op: Op, out: str) -> list[str]:
     """Into the cache where it stands (the plan copies it before, if it must not change) at a loop's step."""
     _, new, index = op.inputs
@@ -373,6 +380,7 @@ RULES: dict[str, Rule] = {
     "act": _act,
     "add": _add,
     "cache_update": _cache_update,
+    "argmax": _argmax,
     "attention": _attention,
     "cast": _cast,
     "concat": _concat,

@@ -203,9 +203,12 @@ def rope_and_cache_kernel(
     qkv, cosine, sine, q_out, k_out, v_out, sample_row, row, angle_sample,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HALF: tl.constexpr, ROTATED: tl.constexpr,
-    MANY: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, BATCHED: tl.constexpr,
+    MANY: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr, BATCHED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sample: its keys rotated and its values moved into the cache; ROTATED: its queries as well."""
+    """One token of one sample: its keys rotated and its values moved into the cache; ROTATED: its queries as well.
+
+    PARTS: programs that share the heads, each with HEADS query heads and GROUPS key heads.
+    """
     let_next_start()
     D: tl.constexpr = 2 * HALF
     token, d = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -217,9 +220,18 @@ def rope_and_cache_kernel(
     q_out += sample * q_sample + token * q_token
     k_out += sample * k_sample + token * k_token
     v_out += sample * v_sample + token * v_token
+    k_in, v_in = qkv + PARTS * HEADS * D, qkv + PARTS * (HEADS + GROUPS) * D
+    if PARTS > 1:
+        part = tl.program_id(2)
+        qkv += part * HEADS * D
+        k_in += part * GROUPS * D
+        v_in += part * GROUPS * D
+        q_out += part * HEADS * q_head
+        k_out += part * GROUPS * k_head
+        v_out += part * GROUPS * v_head
     wait_for_previous()  # everything is fetched before anything is stored: stores may alias, loads would wait for them
-    k1, k2 = _halves(qkv + HEADS * D, D, GROUPS, HALF, FEW, BLOCK)
-    v = tl.load(qkv + (HEADS + GROUPS) * D + head[:, None] * D + full[None, :], mask=there, other=0.0)
+    k1, k2 = _halves(k_in, D, GROUPS, HALF, FEW, BLOCK)
+    v = tl.load(v_in + head[:, None] * D + full[None, :], mask=there, other=0.0)
     c = tl.load(cosine + angles + d, mask=d < HALF, other=0.0)
     s = tl.load(sine + angles + d, mask=d < HALF, other=0.0)
     if ROTATED:
@@ -242,12 +254,37 @@ def rope_and_cache(
     heads = qkv.shape[2] // d - 2 * groups
     q = qkv.unflatten(2, (-1, d)) if q_out is None else q_out
     places = [stride for x in (q, k_out, v_out) for stride in (per_sample(x), x.stride(1), x.stride(2))]
-    rope_and_cache_kernel[(tokens, samples)](
+    parts = next(p for p in (8, 4, 2, 1) if groups % p == 0)  # few heads a program, where they can be told apart
+    heads, groups = heads // parts, groups // parts
+    rope_and_cache_kernel[(tokens, samples, parts)](
         qkv, cosine, sine, q, k_out, v_out, per_sample(qkv), qkv.stride(1), per_sample(cosine), *places,
         HEADS=heads, GROUPS=groups, HALF=d // 2, ROTATED=q_out is not None,
         MANY=triton.next_power_of_2(heads), FEW=triton.next_power_of_2(groups), BLOCK=triton.next_power_of_2(d // 2),
-        BATCHED=samples > 1, num_warps=4, launch_pdl=overlaps(),
+        BATCHED=samples > 1, PARTS=parts, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
+
+
+@triton.jit
+def argmax_kernel(x, out, x_row, N, BLOCK: tl.constexpr):
+    """One row, block by block; of equal entries the first counts."""
+    let_next_start()
+    wait_for_previous()
+    row = tl.program_id(0).to(tl.int64)
+    best, place = tl.full((), float("-inf"), tl.float32), tl.full((), 0, tl.int32)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        v = tl.load(x + row * x_row + n, mask=n < N, other=float("-inf")).to(tl.float32)
+        most, at = tl.max(v, axis=0), tl.argmax(v, axis=0, tie_break_left=True)
+        place = tl.where(most > best, start + at, place)
+        best = tl.maximum(best, most)
+    tl.store(out + row, place)
+
+
+def argmax(x: Tensor, out: Tensor) -> None:
+    """out i32 [m] = where the largest entry of each row of x [m, n] stands, the first of equals; no entry is NaN."""
+    m, n = x.shape
+    block = min(16384, triton.next_power_of_2(n))
+    argmax_kernel[(m,)](x, out, x.stride(0), n, BLOCK=block, num_warps=16 if block > 4096 else 4, launch_pdl=overlaps())
 
 
 @triton.jit
