@@ -18,10 +18,12 @@ from cortexflow.processing.arrays import Floats, as_floats, to_numpy
 
 
 class Bins(NamedTuple):
-    """How actions are tokens: the edges of the bins, and the pieces of the vocabulary whose last ids they take."""
+    """How actions are tokens: the edges of the bins, the pieces of the vocabulary whose last ids they take, and the id
+    that ends an answer."""
 
     edges: int = 256
     vocabulary: int = 32000
+    end: int = 2
 
 
 LLAMA_BINS = Bins()
@@ -42,6 +44,20 @@ def decode_actions(ids: ArrayLike | torch.Tensor, bins: Bins = LLAMA_BINS) -> Fl
     found = _integers(ids)
     centres = bin_centres(bins.edges)
     return centres[np.clip(bins.vocabulary - found - 1, 0, len(centres) - 1)]
+
+
+def check_ended(ids: ArrayLike | torch.Tensor, bins: Bins = LLAMA_BINS) -> None:
+    """Raise InputError where an answer [..., tokens] ended before it was complete: what stands there is no action.
+
+    The released code lets such an answer pass, and padding moves the robot.
+    """
+    found = _integers(ids)
+    if (found == bins.end).any():
+        first = int(np.argwhere(found == bins.end)[0][-1])
+        raise InputError(
+            f"actions: the network ended its answer at token {first + 1} of {found.shape[-1]} (id {bins.end}); expected a "
+            "token for each value of an action: is the checkpoint trained for this robot, and the prompt one of its tasks?"
+        )
 
 
 def encode_actions(actions: ArrayLike | torch.Tensor, bins: Bins = LLAMA_BINS) -> NDArray[np.int64]:

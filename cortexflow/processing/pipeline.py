@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from cortexflow.errors import ConfigError, InputError
-from cortexflow.processing.action_tokens import LLAMA_BINS, Bins, decode_actions
+from cortexflow.processing.action_tokens import LLAMA_BINS, Bins, check_ended, decode_actions
 from cortexflow.processing.arrays import Floats, as_floats
 from cortexflow.processing.images import RESIZES, Pixels, fit_pictures, unit_pictures
 from cortexflow.processing.normalise import MODES, RULES, absolute_actions, normalise, pad_to, unnormalise
@@ -169,6 +169,7 @@ def finish_actions(
     that are not there.
     """
     if processing.action_bins:
+        check_ended(actions, processing.action_bins)
         values = decode_actions(actions, processing.action_bins)
         if not values.shape or values.shape[-1] % processing.action_dim or not values.size:
             raise InputError(

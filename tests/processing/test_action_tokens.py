@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cortexflow.errors import InputError
-from cortexflow.processing import load_stats
+from cortexflow.processing import PROCESSINGS, finish_actions, load_stats
 from cortexflow.processing.action_tokens import Bins, bin_centres, decode_actions, encode_actions
 from cortexflow.processing.normalise import unnormalise
 
@@ -64,3 +64,13 @@ def test_every_bin_comes_back() -> None:
 def test_other_than_ids(bad: Any) -> None:
     with pytest.raises(InputError, match="action tokens: expected"):
         decode_actions(bad)
+
+
+def test_an_answer_that_ended_early_moves_no_robot() -> None:
+    """Id 2 ends it and padding follows: as values they would be the ends of the range."""
+    rules, ids = PROCESSINGS["openvla"], np.full(7, 31872)
+    stats = {"state": {}, "actions": {"q01": np.full(7, -1.0), "q99": np.full(7, 1.0)}}
+    assert finish_actions(rules, ids, stats=stats).shape == (1, 7)
+    ids[4], ids[5:] = 2, 32000
+    with pytest.raises(InputError, match=r"ended its answer at token 5 of 7 \(id 2\); expected a token for each value"):
+        finish_actions(rules, ids, stats=stats)
