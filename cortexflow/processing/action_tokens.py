@@ -55,8 +55,9 @@ def check_ended(ids: ArrayLike | torch.Tensor, bins: Bins = LLAMA_BINS) -> None:
     if (found == bins.end).any():
         first = int(np.argwhere(found == bins.end)[0][-1])
         raise InputError(
-            f"actions: the network ended its answer at token {first + 1} of {found.shape[-1]} (id {bins.end}); expected "
-            "a token for each value of an action: is the checkpoint trained for this robot, the prompt one of its tasks?"
+            f"actions: the network ended its answer at token {first + 1} of {found.shape[-1]} (id {bins.end}); "
+            "expected a token for each value of an action: is the checkpoint trained for this robot, the prompt one of "
+            "its tasks?"
         )
 
 
