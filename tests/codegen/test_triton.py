@@ -254,6 +254,8 @@ def product_of(rows: int, k: int, n: int, what: str = "matmul_residual") -> list
         (50, 1024, 4096, "matmul_glu", "warpgroup.warpgroup"),
         (50, 32768, 4096, "matmul_glu", "product.product"),
         (65, 1024, 4096, "matmul_glu", "product.product"),
+        (320, 4096, 11008, "matmul_glu", "glu"),
+        (560, 2048, 16384, "matmul_glu", "product.product"),
     ],
 )  # fmt: skip
 def test_a_product_goes_to_a_kernel_that_it_suits(rows: int, k: int, n: int, what: str, kernel: str) -> None:

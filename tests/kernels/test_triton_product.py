@@ -181,6 +181,8 @@ LAUNCHES: dict[str, tuple[torch.dtype, Case]] = {
     "residual": (BF16, Case(65, 2048, 2048, bias=True, residual=True)),
     "pairs": (BF16, Case(65, 2048, 1024, None, "gelu_tanh", pairs=True)),
     "patches": (BF16, Case(65, 588, 1152, bias=True)),
+    "few rows": (BF16, Case(3, 2048, 1024, residual=True)),
+    "few rows, pairs": (BF16, Case(3, 2048, 1024, None, "silu", pairs=True)),
     "finish": (BF16, Case(65, 2048, 2048, Config(128, 0, 64, 32, split=4), residual=True)),
     "f32": (F32, Case(65, 64, 64, None, "gelu_tanh", True, True)),
 }
@@ -203,6 +205,7 @@ def test_default_tiles_fit_their_card(launch: str, arch: int, monkeypatch: Any, 
     check_fits(built, arch, tmp_path, STACK[arch])
     ahead, _ = around_wait(built, arch)
     assert not re.search(ACCESS, ahead), "reads or writes before it waits"
+    assert ("prefetch.global.L2" in ahead) == (launch.startswith("few") and arch >= 90)
 
 
 QUICK = (room.PLAIN[0], False), (room.PAIRS[0], True)

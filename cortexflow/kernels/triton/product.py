@@ -288,8 +288,8 @@ def product(
 def default(m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: int = 2) -> Config:
     """A configuration that fits a card whose blocks may have so much shared memory (0: any card)."""
     if m <= FEW_ROWS and itemsize == 2:  # bound by the weights' bytes: many of them in flight
-        stages = 6 if shared_bytes > 200 * 1024 else 4
-        return Config(16, 0, 32 if pairs else 64, 128, warps=4, stages=stages, swap=True)
+        wide, hopper = 32 if pairs else 64, shared_bytes > 200 * 1024
+        return Config(16, 0, wide, 128, warps=4, stages=6, swap=True) if hopper else Config(16, 0, wide, 64, warps=4)
     columns = 64 if pairs or n <= 64 else 128
     if itemsize > 2:
         return Config(64, 0, columns // 2, 16, stages=3)
