@@ -12,7 +12,7 @@ import cortexflow
 from cortexflow.codegen import find_target
 from cortexflow.compiler import lower
 from cortexflow.errors import TargetError
-from cortexflow.ir import Module, Type, function, fused, ops, returns, run_module
+from cortexflow.ir import Module, Type, Value, function, fused, ops, returns, run_module
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes.plan_buffers import plan_buffers
@@ -146,17 +146,17 @@ def test_rotations_of_a_batch_are_one_launch(angles: tuple[int, ...]) -> None:
     assert rotated(rotations(batch=3, angles=angles), frozenset({"joined"})) == ["rope", "rope"]
 
 
-@pytest.mark.parametrize("angles", [(3, 1, 8), (5, 8), (1, 8)])
-def test_angles_that_are_no_table_of_the_tokens_are_left_to_the_library(angles: tuple[int, ...]) -> None:
-    """A plan without a kernel of ours: it runs anywhere."""
-    module = rotations(batch=3, angles=angles)
+def run_on_cpu(module: Module) -> None:
+    """A plan without a kernel of ours runs anywhere: its results are to be the interpreter's, bit for bit."""
     layout = Layout(module)
     scope: dict = {"__name__": "plan"}
     exec(layout.text, scope)
-    arena, scratch = torch.empty(layout.bytes["arena"], dtype=torch.uint8), (torch.empty(0), torch.ones(1))
-    policy = scope["Policy"]({}, arena, scratch)
+    arena = torch.full((layout.bytes["arena"],), 0xA5, dtype=torch.uint8)
+    policy = scope["Policy"]({}, arena, (torch.empty(0), torch.ones(1)))
     generator = torch.Generator().manual_seed(0)
-    given = {n: torch.randn(t.shape, generator=generator).to(TORCH_DTYPES[t.dtype]) for n, t in module.inputs.items()}
+    given = {
+        n: (torch.randn(t.shape, generator=generator) * 2).to(TORCH_DTYPES[t.dtype]) for n, t in module.inputs.items()
+    }
     for name, value in module.funcs["f"].args.items():
         getattr(policy, layout.places[value]).copy_(given[name])
     policy.f()
@@ -165,9 +165,32 @@ def test_angles_that_are_no_table_of_the_tokens_are_left_to_the_library(angles: 
         assert torch.equal(getattr(policy, layout.places[value]), wanted[name]), name
 
 
-@pytest.mark.parametrize("change", ["other values", "other angles", "columns left out"])
-def test_rotations_that_do_not_belong_together_stay_apart(change: str) -> None:
-    assert rotated(rotations(change)) == ["rope", "rope"]
+@pytest.mark.parametrize("angles", [(3, 1, 8), (5, 8), (1, 8)])
+def test_angles_that_are_no_table_of_the_tokens_are_left_to_the_library(angles: tuple[int, ...]) -> None:
+    run_on_cpu(rotations(batch=3, angles=angles))
+
+
+def test_small_ops_write_to_their_places() -> None:
+    """Whole numbers, marks, every second entry, results over operands, values that a loop carries and swaps."""
+    number, mark = Type("i32", (3, 4)), Type("bool", (3, 4))
+    with function("f", x=number, y=number, m=mark, h=Type("f64", (4,))) as (f, [x, y, m, h]):
+        low, same = ops.lt(x, y), ops.eq(x, ops.scalar(1, "i32"))
+        either = ops.not_(ops.or_(ops.and_(low, m), same))
+        chosen = ops.where(either, ops.max_(x, y), ops.min_(ops.mul(x, y), ops.scalar(0, "i32")))
+        wide = ops.concat(ops.sub(chosen, y), ops.mul(x, x), axis=1)
+        half = ops.cast(ops.slice_(wide, axis=-1, step=2), dtype="f32")
+
+        def step(i: Value, a: Value, b: Value, c: Value, d: Value) -> list[Value]:
+            return [ops.add(b, c), a, ops.where(ops.lt(b, c), c, b), ops.add(d, ops.scalar(1, "i32"))]
+
+        zero = ops.const(value=(0,) * 12, dtype="i32", shape=(3, 4))
+        a, b, c, d = ops.loop([ops.sub(y, x), zero, ops.add(x, y), zero], 3, step)
+        returns(either=either, wide=wide, half=half, a=a, b=b, c=c, d=d, h=ops.neg(ops.add(h, h)))
+    module = Module({"f": f})
+    run_on_cpu(module)
+    text = Program(module, plan_buffers(module)).text()
+    lines = text[text.index("def f(self)") :]
+    assert "(torch." not in lines.replace("torch._foreach_copy_", ""), "no result is copied"
 
 
 def summed(read_by: str, without: frozenset[str] = frozenset()) -> tuple[Module, list[str]]:

@@ -11,7 +11,7 @@ from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
-from cortexflow.passes.plan_buffers import Plan, dense
+from cortexflow.passes.plan_buffers import Copy, Plan, dense
 
 _HEAD = '''"""{title}
 
@@ -78,6 +78,10 @@ class Policy:
 
 
 _SILENT = ("weight", "const")  # ops without a launch
+_INTO = {  # PyTorch's functions that write their result to a place: one launch, where a copy would be a second
+    **{name: name for name in ("add", "sub", "mul", "lt", "le", "eq", "neg", "where", "exp", "log", "sqrt", "abs")},
+    **{"max": "maximum", "min": "minimum", "and": "bitwise_and", "or": "bitwise_or", "not": "bitwise_not"},
+}
 
 
 class Stage:
@@ -183,7 +187,14 @@ class Stage:
         """An op off the hot path, by the torch target's rule."""
         if op.name not in TORCH_RULES:
             raise TargetError(f"target 'triton' has no rule for op {op.name!r}{f' at {op.note}' if op.note else ''}")
-        return [f"{out}.copy_({TORCH_RULES[op.name](op, *map(self.name, op.inputs))})"]
+        given = list(map(self.name, op.inputs))
+        if op.name == "cast":
+            return [f"{out}.copy_({given[0]})"]
+        if op.name == "concat":
+            return [f"torch.cat(({', '.join(given)},), dim={op.attrs['axis']}, out={out})"]
+        if op.name in _INTO:
+            return [f"torch.{_INTO[op.name]}({', '.join(given)}, out={out})"]
+        return [f"{out}.copy_({TORCH_RULES[op.name](op, *given)})"]
 
     def loop(self, op: Op, indent: str) -> None:
         """A counted loop; carried values stay in their buffers."""
@@ -203,10 +214,17 @@ class Stage:
         self.copies(op, True, indent + "    ")
 
     def copies(self, op: Op, each: bool, indent: str) -> None:
-        """The plan's copies that belong here."""
-        for copy in self.program.plan.copies:
-            if copy.op is op and copy.each_iteration == each:
-                self.lines.append(f"{indent}{self.program.buffer(copy.target)}.copy_({self.name(copy.source)})")
+        """The plan's copies that belong here, in its order; last, in one launch, those of what is not in the arena."""
+        due = [c for c in self.program.plan.copies if c.op is op and c.each_iteration == each]
+        outside = [c for c in due if c.source.op is not None and c.source.op.name in _SILENT]
+        self.lines += [f"{indent}{self._target(c)}.copy_({self.name(c.source)})" for c in due if c not in outside]
+        if outside:
+            targets = ", ".join(map(self._target, outside))
+            sources = ", ".join(self.name(c.source) for c in outside)
+            self.lines.append(f"{indent}torch._foreach_copy_([{targets}], [{sources}])")
+
+    def _target(self, copy: Copy) -> str:
+        return self.program.buffer(copy.target)
 
 
 class Program:
