@@ -290,16 +290,16 @@ class Joined(NamedTuple):
     shape: tuple[int, ...]  # of the keys
 
 
-def joined_rotations(block: Block, plan: Plan) -> dict[Op, Joined]:
+def joined_rotations(block: Block, plan: Plan, step: Value | None = None) -> dict[Op, Joined]:
     """By the queries' rotation. Nothing else is launched between the ops.
 
-    Keys and values go to places of their own (a slice moves the values, before the rotations), or into a loop's
-    caches (`cache_update`, behind them), where these need not be copied first.
+    Keys and values go to places of their own (a slice moves the values, before the rotations), or into the caches of
+    the loop whose `step` is given (`cache_update`, behind them), where these need not be copied first.
     """
     found: dict[Op, Joined] = {}
     for op in block.ops:
         if op.body:
-            found |= joined_rotations(op.body, plan)
+            found |= joined_rotations(op.body, plan, op.body.args[0])
     launched = [op for op in block.ops if op.name not in _SILENT and not plan.layouts.keys() & set(op.outputs)]
     copied = {copy.op for copy in plan.copies}
     for i, queries in enumerate(launched[:-1]):
@@ -308,9 +308,9 @@ def joined_rotations(block: Block, plan: Plan) -> dict[Op, Joined]:
             continue
         if queries.inputs[1:] != keys.inputs[1:]:
             continue
-        into = [op for op in behind if op.name == "cache_update" and op.attrs["axis"] == 1 and op not in copied]
+        into = [op for op in behind if op.name == "cache_update" and op.attrs["axis"] == 1 and op.inputs[2] is step]
         before = launched[i - 1] if i else queries
-        if len(into) == 2 and into[0].inputs[1] is keys.out and into[0].inputs[2] is into[1].inputs[2]:
+        if len(into) == 2 and into[0].inputs[1] is keys.out and not copied & set(into):
             moves, moved, ops = (into[0], into[1]), into[1].inputs[1], (keys, *into)
         elif before.name == "slice":
             moves, moved, ops = (keys, before), before.out, (keys, before)

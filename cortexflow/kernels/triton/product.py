@@ -148,7 +148,8 @@ def product_kernel(
     row, column = (first + place % height) * (ROWS + MORE), place // height * COLUMNS
     if AHEAD:
         k = tl.minimum(part * extent + tl.arange(0, AHEAD), K - 1).to(tl.int64)
-        fetch(w_rows + k[:, None] * w_row + column * (WIDE // COLUMNS) + tl.arange(0, WIDE // 64)[None, :] * 64)
+        line = tl.minimum(column * (WIDE // COLUMNS) + tl.arange(0, WIDE // 64) * 64, width - 1)
+        fetch(w_rows + k[:, None] * w_row + line[None, :])
     wait_for_previous()
 
     acc = _zeros(ROWS, WIDE, SWAP)
@@ -264,7 +265,8 @@ def product(
         given[:2] = [TensorDescriptor.from_tensor(x, [rows or c.rows, c.depth]) for rows in (c.rows, c.more)]
     if w_align == 0:
         given[2] = TensorDescriptor.from_tensor(w, [c.depth, c.columns * (2 if pairs else 1)])
-    ahead = c.stages * c.depth if m <= FEW_ROWS and overlaps() and w.element_size() == 2 else 0
+    lines = m <= FEW_ROWS and w.element_size() == 2 and c.columns * (1 + pairs) >= 64
+    ahead = c.stages * c.depth if lines and overlaps() else 0
     ahead = triton.next_power_of_2(ahead + 1) // 2  # as many as are in flight behind the wait, at most
     some = out  # a pointer that is never read
     finish = [some if t is None else t for t in (bias, residual, gate)]
