@@ -44,10 +44,11 @@ def bridge(place: Path) -> Policy:
     return Policy.load(place, asset_id="bridge_orig", batch=2, progress=False)
 
 
-@pytest.mark.parametrize("target", ["torch", "onnx"])
+@pytest.mark.parametrize("target", ["torch", "onnx", pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dataset", ["bridge_orig", "toy_no_mask"])
 def test_agrees_exactly(place: Path, target: str, dataset: str) -> None:
-    policy = Policy.load(place, asset_id=dataset, target=target, progress=False)
+    where = {"device": "cuda", "dtype": "bfloat16"} if target == "triton" else {}
+    policy = Policy.load(place, asset_id=dataset, target=target, progress=False, **where)
     assert policy.metadata == {"robot": "this checkpoint", "action_horizon": 1, "action_dim": 7}
     for case in CASES:
         if case["unnorm_key"] == dataset:
@@ -161,8 +162,9 @@ def resized(name: str) -> np.ndarray:
     return picture
 
 
-def test_engine(place: Path) -> None:
-    engine = create_openvla_inference(place, **CPU)
+@pytest.mark.parametrize("where", [CPU, pytest.param({}, marks=pytest.mark.gpu)], ids=["cpu", "gpu"])
+def test_engine(place: Path, where: dict[str, Any]) -> None:
+    engine = create_openvla_inference(place, **where)
     for case in CASES:
         picture = resized(case["image"])
         floats = picture.astype(np.float32) / 255 * 2 - 1
