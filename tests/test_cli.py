@@ -29,7 +29,7 @@ from cortexflow.cli.diff import defined, renamed
 from cortexflow.cli.dump import lowered
 from cortexflow.codegen import TARGETS, Target
 from cortexflow.codegen.torch import TARGET as TORCH
-from cortexflow.codegen.torch_save import separate
+from cortexflow.codegen.torch.save import separate
 from cortexflow.errors import ConfigError, InputError
 from cortexflow.ir import Func, dump, parse
 from cortexflow.observation import find_camera, load_frontend

@@ -22,8 +22,7 @@ from torch import Tensor
 
 import cortexflow
 from cortexflow.codegen import find_target
-from cortexflow.codegen import torch as target_file
-from cortexflow.codegen.torch import CLAIMS, RULES, TARGET, TorchExecutable, emit_source, load_source
+from cortexflow.codegen.torch import CLAIMS, RULES, TARGET, TorchExecutable, emit_source, load_source, source
 from cortexflow.errors import TargetError
 from cortexflow.ir import OPS, Func, Module, Type, Value, function, fused, named, ops, returns, run, run_module, scope
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -103,7 +102,7 @@ def rand(*shape: int, dtype: str = "f32", seed: int = 0) -> Tensor:
 def test_every_primitive_op_has_a_rule() -> None:
     primitive = {n for n, d in OPS.items() if d.decompose is None} - {"return", "yield", "loop", "weight"}
     assert {"matmul", "attention", "cache_update", "relative_position_bias"} <= primitive
-    assert primitive | CLAIMS == set(RULES), "add the op to codegen/torch.py"
+    assert primitive | CLAIMS == set(RULES), "add the op to codegen/torch/rules.py"
     assert set(OPS) >= CLAIMS
 
 
@@ -129,7 +128,7 @@ def test_op_equals_the_interpreter_on_a_gpu(name: str, dtype: str, monkeypatch: 
 def test_random_programs(seed: int, keep: int) -> None:
     """Also with every value deleted after its last use, however small it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_file, "_KEEP_BYTES", keep)
+        patch.setattr(source, "_KEEP_BYTES", keep)
         made = compare(random_func(seed, floats=["f64"], length=20), seed, 1e-6)
     assert keep == LARGE or " del " in made.source()
 
@@ -235,7 +234,7 @@ BIG = (LARGE // 4 + 3,)  # float32 values of this shape are deleted as soon as t
 def looped(make: Build, *args: Tensor) -> str:
     """Compare a function with loops with every value deleted as soon as possible, and as it is; the source."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_file, "_KEEP_BYTES", 1)
+        patch.setattr(source, "_KEEP_BYTES", 1)
         agree(make, *args)
     return agree(make, *args).source()
 

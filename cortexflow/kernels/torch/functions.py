@@ -1,6 +1,6 @@
 """Functions that generated PyTorch source calls for ops that are more than an expression.
 
-`codegen/torch.py` copies the text of those that a module needs into its source, so each stands alone.
+`codegen/torch` copies the text of those that a module needs into its source, so each stands alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a saved policy.py ends with: how to call it, and a run on random inputs. `codegen/torch_save.py` fills it in."""
+"""What a saved policy.py ends with: how to call it, and a run on random inputs. `codegen/torch/save.py` fills it in."""
 
 ENDING = """
 

@@ -1,195 +1,22 @@
-"""The `torch` target: the source of an `nn.Module` with one method for each stage.
-
-A rule per op gives one expression. The source is what runs: it needs torch, a dictionary of weights,
-and nothing of this package.
-"""
+"""The source of a module: a table of weights, the functions it calls, `Policy` with a method for each stage."""
 
 from __future__ import annotations
 
 import inspect
 import keyword
-import linecache
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cortexflow.codegen.target import Target
-from cortexflow.codegen.torch_save import save_policy
+from cortexflow.codegen.torch.rules import INFIX, RULES, closing, constant
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Block, Func, Module, Op, Value, uses
-from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.kernels.torch import functions
 
-Rule = Callable[..., str]
-
-CLAIMS = frozenset({"fused.linear", "fused.attention_segments"})
 _KEEP_BYTES = 1 << 16  # smaller values are left to the end of the method
 _WIDTH = 120  # longer lists of names are wrapped
-
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "eq": "==", "and": "&", "or": "|"}
-_CALLS = {"pow": "torch.pow", "max": "torch.maximum", "min": "torch.minimum", "where": "torch.where"}
-_UNARY = {n: f"torch.{n}" for n in ("exp", "log", "sqrt", "rsqrt", "sin", "cos", "abs", "floor")}
-_ACTIVATIONS = {
-    "gelu": "F.gelu({})",
-    "gelu_tanh": 'F.gelu({}, approximate="tanh")',
-    "silu": "F.silu({})",
-    "relu": "F.relu({})",
-    "sigmoid": "torch.sigmoid({})",
-    "tanh": "torch.tanh({})",
-}
-
-
-def _dtype(name: str) -> str:
-    return str(TORCH_DTYPES[name])
-
-
-def _reduction(fn: str) -> Rule:
-    def rule(op: Op, x: str) -> str:
-        t = op.inputs[0].type
-        x = f"{x}.float()" if t.dtype in ("bf16", "f16") else x
-        back = f".to({_dtype(t.dtype)})" if t.dtype != "f32" else ""
-        return f"torch.{fn}({x}, dim={op.attrs['axes']!r}, keepdim={op.attrs['keepdims']}){back}"
-
-    return rule
-
-
-def _literal(value: Any) -> str:
-    """A number, or a tuple of numbers, as Python writes it."""
-    return repr(value).replace("inf", "math.inf").replace("nan", "math.nan")
-
-
-def _const(op: Op) -> str:
-    value, dtype, shape = op.attrs["value"], _dtype(op.attrs["dtype"]), op.attrs["shape"]
-    if shape and len(set(map(repr, value))) == 1:
-        return f"torch.full({shape!r}, {_literal(value[0])}, dtype={dtype}, device=self.device)"
-    made = f"torch.tensor({_literal(value)}, dtype={dtype}, device=self.device)"
-    return f"{made}.reshape({shape!r})" if len(shape) > 1 else made
-
-
-def _slice(op: Op, x: str) -> str:
-    a, rank = op.attrs, len(op.out.type.shape)
-    axis = a["axis"] % rank
-    part = f"{a['start'] or ''}:{'' if a['stop'] is None else a['stop']}" + (f":{a['step']}" if a["step"] != 1 else "")
-    lead = ["..."] if axis == rank - 1 and rank > 1 else [":"] * axis
-    return f"{x}[{', '.join([*lead, part])}]"
-
-
-def _gather(op: Op, table: str, index: str) -> str:
-    axis, rank = op.attrs["axis"] % len(op.inputs[0].type.shape), len(op.inputs[1].type.shape)
-    index = f"{index}.long()" if op.inputs[1].type.dtype == "u8" else index  # bytes would select as a mask does
-    if rank == 0:
-        return f"{table}[{index}]" if axis == 0 else f"{table}.select({axis}, int({index}))"
-    if axis == 0:
-        return f"F.embedding({index}, {table})" if len(op.inputs[0].type.shape) == 2 else f"{table}[{index}]"
-    return f"{table}[{', '.join([':'] * axis + [index])}]"
-
-
-def _conv2d(op: Op, x: str, w: str, bias: str = "None") -> str:
-    a = op.attrs
-    pads = (*a["padding"][1], *a["padding"][0])
-    x = f"F.pad({x}, {pads!r})" if any(pads) else x
-    return f"F.conv2d({x}, {w}, {bias}, stride={a['stride']}, dilation={a['dilation']}, groups={a['groups']})"
-
-
-def _attention(op: Op, q: str, k: str, v: str, *extra: str) -> str:
-    given = dict(zip(("mask" if e.type.dtype == "bool" else "bias" for e in op.inputs[3:]), extra, strict=True))
-    mask, bias = given.get("mask", "None"), given.get("bias", "None")
-    return f"attention({q}, {k}, {v}, {mask}, {bias}, {op.attrs['scale']!r}, {op.attrs['causal']})"
-
-
-def _matmul(op: Op, x: str, w: str) -> str:
-    if op.out.type.dtype == op.inputs[0].type.dtype:
-        return f"{x} @ {w}"
-    return f"(wide({x}) @ wide({w})).to({_dtype(op.out.type.dtype)})"
-
-
-def _layer_norm(op: Op, x: str, *affine: str) -> str:
-    t = op.inputs[0].type
-    scale, shift = affine or ("None", "None")
-    fn = f"F.layer_norm({x}, {t.shape[-1:]!r}," if _same_wide(op) else f"layer_norm({x},"
-    return f"{fn} {scale}, {shift}, {op.attrs['eps']!r})"
-
-
-def _same_wide(op: Op) -> bool:
-    """Whether all operands are in the precision in which statistics are taken."""
-    return {v.type.dtype for v in op.inputs} in ({"f32"}, {"f64"})
-
-
-def _softmax(op: Op, x: str) -> str:
-    t = op.out.type.dtype
-    if t in ("f32", "f64"):
-        return f"torch.softmax({x}, {op.attrs['axis']})"
-    return f"torch.softmax({x}.float(), {op.attrs['axis']}).to({_dtype(t)})"
-
-
-def _linear(op: Op, x: str, w: str, b: str) -> str:
-    """`w` is [in, out], contiguous: its transpose costs nothing."""
-    plain = op.inputs[1].type.shape[1:] == op.inputs[2].type.shape and len(op.inputs[1].type.shape) == 2
-    return f"F.linear({x}, {w}.t(), {b})" if plain else f"{x} @ {w} + {b}"
-
-
-def _pad(op: Op, x: str) -> str:
-    pads = [n for pair in reversed(op.attrs["pads"]) for n in pair]
-    return f"F.pad({x}, {pads!r}, value={_literal(op.attrs['value'])})"
-
-
-def _cumsum(op: Op, x: str) -> str:
-    t = op.out.type.dtype
-    if t in ("bf16", "f16"):
-        return f"{x}.float().cumsum({op.attrs['axis']}).to({_dtype(t)})"
-    return f"{x}.cumsum({op.attrs['axis']}, dtype={_dtype(t)})"
-
-
-def _closing(items: Sequence[str]) -> str:
-    """The end of a tuple's display."""
-    return ",)" if len(items) == 1 else ")"
-
-
-RULES: dict[str, Rule] = {
-    **{name: lambda op, a, b, sign=sign: f"{a} {sign} {b}" for name, sign in _INFIX.items()},
-    **{name: lambda op, *xs, fn=fn: f"{fn}({', '.join(xs)})" for name, fn in (_CALLS | _UNARY).items()},
-    "neg": lambda op, x: f"-{x}",
-    "not": lambda op, x: f"~{x}",
-    "act": lambda op, x: _ACTIVATIONS[op.attrs["kind"]].format(x),
-    "cast": lambda op, x: f"{x}.to({_dtype(op.attrs['dtype'])})",
-    "const": _const,
-    "iota": lambda op: f"torch.arange({op.attrs['size']}, dtype={_dtype(op.attrs['dtype'])}, device=self.device)",
-    "reshape": lambda op, x: f"{x}.reshape({op.attrs['shape']!r})",
-    "transpose": lambda op, x: f"{x}.permute({op.attrs['perm']!r})",
-    "broadcast_to": lambda op, x: f"{x}.expand({op.attrs['shape']!r})",
-    "concat": lambda op, *xs: f"torch.cat(({', '.join(xs)}{_closing(xs)}, dim={op.attrs['axis']})",
-    "slice": _slice,
-    "pad": _pad,
-    "gather": _gather,
-    "cache_update": lambda op, c, n, i: f"cache_update({c}, {n}, {i}, {op.attrs['axis']})",
-    "reduce_sum": _reduction("sum"),
-    "reduce_mean": _reduction("mean"),
-    "reduce_max": _reduction("amax"),
-    "argmax": lambda op, x: f"{x}.argmax({op.attrs['axis']}, keepdim={op.attrs['keepdims']}).to(torch.int32)",
-    "cumsum": _cumsum,
-    "matmul": _matmul,
-    "softmax": _softmax,
-    "rms_norm": lambda op, x, g="None": f"rms_norm({x}, {g}, {op.attrs['eps']!r})",
-    "layer_norm": _layer_norm,
-    "rope": lambda op, x, c, s: f"rope({x}, {c}, {s})",
-    "attention": _attention,
-    "conv2d": _conv2d,
-    "relative_position_bias": lambda op, t, q, k: (
-        f"relative_position_bias({t}, {q}, {k}, {op.attrs['bidirectional']}, {op.attrs['max_distance']})"
-    ),
-    "fused.linear": _linear,
-    "fused.attention_segments": lambda op, *xs: (
-        f"attention_segments({', '.join(xs)}, {op.attrs['scale']!r}, {op.attrs['causal']})"
-    ),
-}
-
-
-# ---- the source -----------------------------------------------------------------------------------
 
 _HEAD = '''"""{title}
 
@@ -271,7 +98,7 @@ def _forward(module: Module) -> str:
     lines = _wrapped("    def forward(", args, ") -> dict[str, Tensor]:")
     for stage in module.stages:
         given, made = ([names[n] for n in part] for part in (stage.args, stage.results))
-        *results, last = _wrapped("        (", made, _closing(made) + " = ") if made else ["        "]
+        *results, last = _wrapped("        (", made, closing(made) + " = ") if made else ["        "]
         lines += [*results, *_wrapped(f"{last}self.{methods[stage.name]}(", given, ")", "        ")]
     return "\n".join([*lines, *_wrapped("        return {", [f"{n!r}: {names[n]}" for n in module.outputs], "}")])
 
@@ -344,7 +171,7 @@ class _Method:
                 self.names[op.out] = f"self.{self.buffers[op.attrs['key']]}"
             elif op.name == "return":
                 results = [self.operand(v, op) for v in op.inputs]
-                self.lines += _wrapped(f"{indent}return (", results, _closing(results))
+                self.lines += _wrapped(f"{indent}return (", results, closing(results))
             elif op.name == "yield":
                 self.end_of_step(op, indent, own, carried)
             elif op.name == "loop":
@@ -368,12 +195,12 @@ class _Method:
         if v.op is None or not _is_scalar(v.op):
             return self.name(v)
         others = [i for i in reader.inputs if i is not v]
-        plain = reader.name in _INFIX and others and not any(o.op and _is_scalar(o.op) for o in others)
+        plain = reader.name in INFIX and others and not any(o.op and _is_scalar(o.op) for o in others)
         # number / tensor is number * (1 / tensor) in torch: not the same quotient
         plain = plain and not (reader.name == "div" and reader.inputs[0] is v)
         if plain and v.type.dtype in ("f32", "i32") and abs(v.op.attrs["value"]) < 3e38:
             return f"({v.op.attrs['value']!r})" if v.op.attrs["value"] < 0 else repr(v.op.attrs["value"])
-        return _const(v.op)
+        return constant(v.op)
 
     def loop(self, op: Op, indent: str, own: set[Value]) -> None:
         """A counted loop that reassigns its carried names."""
@@ -403,8 +230,8 @@ class _Method:
         if len(line) <= _WIDTH:
             self.lines.append(line)
         else:
-            *first, last = _wrapped(f"{indent}(", names, f"{_closing(names)} = (")
-            self.lines += [*first, *_wrapped(last, values, _closing(values), indent)]
+            *first, last = _wrapped(f"{indent}(", names, f"{closing(names)} = (")
+            self.lines += [*first, *_wrapped(last, values, closing(values), indent)]
 
     def end_of_step(self, op: Op, indent: str, own: set[Value], carried: list[str]) -> None:
         """Hand the yielded values to the next step, and stop where the body says so."""
@@ -440,72 +267,3 @@ def _is_scalar(op: Op) -> bool:
 
 def _readers_of(v: Value, block: Block) -> list[Op]:
     return [op for op in block.walk() if v in op.inputs]
-
-
-# ---- running --------------------------------------------------------------------------------------
-
-
-class TorchExecutable:
-    """The generated module with its weights on a device."""
-
-    def __init__(self, module: Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        methods = method_names(module)
-        self._stages = {s.name: (methods[s.name], list(s.args), list(s.results)) for s in module.stages}
-        self._outputs = list(module.outputs)
-        self._device = device
-        self._module = module
-        self._text = emit_source(module)
-        self.policy = load_source(self._text, weights).to(device)
-
-    def run_stage(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run one stage on named inputs."""
-        method, args, results = self._stages[name]
-        with torch.inference_mode():
-            values = getattr(self.policy, method)(*[inputs[n].to(self._device) for n in args])
-        return dict(zip(results, values, strict=True))
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run all stages. The results are the caller's own: none is a view of an input, a weight or another result."""
-        values = dict(inputs)
-        for name in self._stages:
-            values |= self.run_stage(name, values)
-        return {n: values[n].clone(memory_format=torch.contiguous_format) for n in self._outputs}
-
-    def source(self) -> str:
-        """The generated source."""
-        return self._text
-
-    def save(self, folder: Path) -> list[Path]:
-        """Write `policy.py`, which runs alone, and `weights.safetensors`."""
-        weights = dict(zip(self._module.weight_types(), self.policy.state_dict().values(), strict=True))
-        return save_policy(folder, self._text, self._module, weights)
-
-
-def load_source(text: str, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The module that generated source defines; tracebacks show its lines."""
-    name = f"<cortexflow torch {abs(hash(text)):x}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    scope: dict[str, Any] = {"__name__": name}
-    exec(compile(text, name, "exec"), scope)
-    policy: nn.Module = scope["Policy"](dict(weights))
-    return policy.eval()
-
-
-def build(
-    module: Module,
-    weights: Mapping[str, Tensor],
-    device: torch.device,
-    forms: Mapping[str, dict[str, Tensor]] | None = None,
-) -> TorchExecutable:
-    """Build a legalised module for a device that PyTorch has; `forms` as `Target` says."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TargetError("target 'torch' on device 'cuda': PyTorch finds no CUDA GPU here; use device='cpu'")
-    if forms is not None:
-        for key in module.weight_types():
-            if not forms[key]:
-                forms[key]["there"] = weights[key].to(device)
-        weights = {key: forms[key]["there"] for key in module.weight_types()}
-    return TorchExecutable(module, weights, device)
-
-
-TARGET = Target("torch", CLAIMS, build, options=frozenset({"forms"}))
