@@ -9,10 +9,7 @@ The stages run one after another, so they are planned as one sequence of positio
 2. *Buffers.* A content takes over the bytes of an operand that dies at its op, where the op may work
    in place (`IN_PLACE`). A loop's carry is one buffer for initial value, argument and result; what
    the body yields is put there directly, if nothing needs the old bytes any more, else copied.
-3. *Offsets.* Placing intervals in memory is dynamic storage allocation, NP-hard in general. Several
-   greedy orders, each buffer into the lowest gap that fits, tried again with the buffer that came to
-   lie too high in front; the best counts. Source for the orders by size and by breadth: Pisarchyk and
-   Lee, "Efficient Memory Management for Deep Neural Net Inference", arXiv 2001.03288.
+3. *Offsets.* `offsets.py` places the buffers' intervals in the arena.
 4. *Proof.* No arena is smaller than the live bytes at any one position: `Plan.lower_bound`.
 
 Planning changes no op. `check_plan`, in a file of its own, finds every read of overwritten bytes.
@@ -30,6 +27,7 @@ import numpy as np
 from cortexflow.ir.builder import OPS
 from cortexflow.ir.core import DTYPE_BYTES, Block, Module, Op, Value
 from cortexflow.ir.shapes import Shape, slice_bounds
+from cortexflow.passes.offsets import offsets
 
 ALIGNMENT = 256  # bytes: what GPU allocators give, and enough for every vector load and TMA descriptor
 SOURCES = ("weight", "const")  # these live outside the arena
@@ -399,54 +397,6 @@ class _Planner:
             self.copies.append(Copy(op, *move, True))
 
 
-# ---- offsets ---------------------------------------------------------------------------------------
-
-
-def _offsets(sizes: np.ndarray, spans: np.ndarray, live: np.ndarray) -> np.ndarray:
-    """An offset for every buffer: the best of some greedy orders, or the first that meets the bound."""
-    length = spans[:, 1] - spans[:, 0] + 1
-    breadth = np.array([live[a : b + 1].max() for a, b in spans], np.int64)
-    orders = [
-        np.lexsort((spans[:, 0], -sizes, -breadth)),  # by the fullest position that a buffer is part of
-        np.lexsort((spans[:, 0], -sizes * length)),
-        np.lexsort((-sizes, -length)),
-        np.lexsort((spans[:, 0], -sizes)),
-        np.lexsort((-sizes, spans[:, 0])),
-    ]
-    best, peak = np.zeros(len(sizes), np.int64), np.iinfo(np.int64).max
-    for order in (o.tolist() for o in orders):
-        for _ in range(min(8, 1 + 10_000 // (len(sizes) + 1))):
-            offsets, high = _first_fit(order, sizes, spans, peak)
-            if high is None:
-                best, peak = offsets, int((offsets + sizes).max(initial=0))
-                if peak <= live.max(initial=0):
-                    return best
-                high = int((offsets + sizes).argmax())
-            order = [high, *(i for i in order if i != high)]  # what came to lie too high goes first next time
-    return best
-
-
-def _first_fit(order: Sequence[int], sizes: np.ndarray, spans: np.ndarray, limit: int) -> tuple[np.ndarray, int | None]:
-    """Place buffers in this order, each into the lowest gap that fits.
-
-    Gives up at the buffer that would end at `limit` or above, and names it.
-    """
-    offsets = np.zeros(len(sizes), np.int64)
-    lo, hi, first, last = (np.zeros(len(sizes), np.int64) for _ in range(4))  # of those placed so far
-    for n, i in enumerate(order):
-        size, (a, b) = sizes[i], spans[i]
-        meets = np.flatnonzero((first[:n] <= b) & (last[:n] >= a))
-        meets = meets[np.argsort(lo[meets])]
-        begins = np.zeros(len(meets) + 1, np.int64)
-        np.maximum.accumulate(hi[meets], out=begins[1:])
-        at = begins[np.append(lo[meets] - begins[:-1] >= size, True).argmax()]
-        if at + size >= limit:
-            return offsets, i
-        offsets[i] = lo[n] = at
-        hi[n], first[n], last[n] = at + size, a, b
-    return offsets, None
-
-
 def plan_buffers(
     module: Module, strided: Collection[str] = STRIDED, in_place: Mapping[str, tuple[int, ...]] = IN_PLACE
 ) -> Plan:
@@ -462,7 +412,7 @@ def plan_buffers(
     spans = {r: (b.contents[0].first, max(c.last for c in b.contents)) for b, r in root.items()}
     live = _profile(sizes, spans)
     columns = np.array(list(sizes.values()), np.int64), np.array(list(spans.values()), np.int64).reshape(-1, 2)
-    at = dict(zip(sizes, _offsets(*columns, live).tolist(), strict=True))
+    at = dict(zip(sizes, offsets(*columns, live).tolist(), strict=True))
     roots = {v: root[c.home] if c.home else c.value for v, (c, _) in planner.where.items()}
     return Plan(
         offsets={v: at[r] + planner.where[v][1].start for v, r in roots.items() if r in at},

@@ -33,7 +33,8 @@ from cortexflow.ir import (
 from cortexflow.ir.interpreter import evaluate
 from cortexflow.ir.ops import TORCH_DTYPES
 from cortexflow.passes.check_plan import check_plan
-from cortexflow.passes.plan_buffers import ALIGNMENT, IN_PLACE, Plan, _offsets, _restrided, plan_buffers
+from cortexflow.passes.offsets import offsets as place
+from cortexflow.passes.plan_buffers import ALIGNMENT, IN_PLACE, Plan, _restrided, plan_buffers
 
 F, ROWS, WIDTH = "f64", 4, 64
 MAT = Type(F, (ROWS, WIDTH))  # 2 KiB
@@ -543,7 +544,7 @@ def test_hard_intervals_stay_near_their_bound() -> None:
         spans = np.stack([first, np.minimum(n - 1, first + rng.geometric(0.1, n))], 1)
         sizes = 256 * rng.integers(1, 64, n)
         live = np.array([sizes[(spans[:, 0] <= p) & (spans[:, 1] >= p)].sum() for p in range(n)])
-        offsets = _offsets(sizes, spans, live)
+        offsets = place(sizes, spans, live)
         assert live.max() <= (offsets + sizes).max() <= 1.1 * live.max()
 
 
