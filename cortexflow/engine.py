@@ -422,8 +422,9 @@ def create_openvla_inference(
     """An engine for an OpenVLA checkpoint; arguments and errors as of `create_inference`.
 
     It sees one picture and answers with one action: `predict` returns [1, action_dim], normalised, the middles of the
-    bins that the tokens name. Prompts have 64 slots unless `max_tokenize_len` says otherwise. Token ids in place of
-    text are a whole prompt, the 29871 that ends it included.
+    bins that the tokens name. Where the network ended its answer early, what stands behind the end is the lowest bin;
+    `Policy` refuses such an answer. Prompts have 64 slots unless `max_tokenize_len` says otherwise. Token ids in place
+    of text are a whole prompt, the 29871 that ends it included.
     """
     return create_inference(
         VLAModelType.OPENVLA, checkpoint_path, num_views, chunk_size, backend, tokenizer_path, **options
