@@ -86,6 +86,8 @@ class TritonExecutable:
         self.module, self.layout, self._device, self._without = module, Layout(module, without, tune), device, without
         scope: dict[str, Any] = {"__name__": "cortexflow_generated"}
         exec(compile(self.layout.text, "<cortexflow triton>", "exec"), scope)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or the arena takes a corner of a large block that nobody else needs any more
         arena = torch.empty(self.layout.bytes["arena"], dtype=torch.uint8, device=device)
         parts = torch.empty(SCRATCH, dtype=torch.float32, device=device)
         scratch = (parts, torch.zeros(COUNTERS, dtype=torch.int32, device=device))
