@@ -30,7 +30,7 @@ from cortexflow.passes.hoist import hoist
 from cortexflow.passes.layout import layout
 from cortexflow.passes.legalize import legalize
 from cortexflow.passes.merge import merge
-from cortexflow.passes.run_on import run_on
+from cortexflow.passes.predicate import predicate
 
 Fired = int | Counter[str]
 Pass = Callable[[Module], Fired]
@@ -48,7 +48,7 @@ PIPELINE: tuple[tuple[str, Pass], ...] = (
     ("hoist", hoist),
     ("dce", dce),
     ("canonicalize", canonicalize),
-    ("run_on", run_on),
+    ("predicate", predicate),
     ("fuse", fuse),
     ("cse", cse),
     ("dce", dce),
@@ -66,7 +66,7 @@ SWITCHES: Mapping[str, str] = {  # what may be left out, and the module still co
 }
 
 
-ON_REQUEST = frozenset({"layout", "run_on"})  # for the targets that want them; others know better
+ON_REQUEST = frozenset({"layout", "predicate"})  # for the targets that want them; others know better
 
 
 def pipeline(wants: Collection[str] = ()) -> tuple[tuple[str, Pass], ...]:

@@ -191,7 +191,7 @@ LAUNCHES: dict[str, tuple[torch.dtype, Case]] = {
 def build(case: Case, dtype: torch.dtype, arch: int, monkeypatch: pytest.MonkeyPatch, part: str = "") -> Any:
     """What a product would launch on an architecture, compiled: its tiles, or what finishes their parts."""
     product, finish = (record(room, kernel, arch, monkeypatch) for kernel in ("product_kernel", "finish_kernel"))
-    monkeypatch.setattr(room, "_shared_bytes", lambda device: SHARED[arch])
+    monkeypatch.setattr(room, "shared_memory", lambda: SHARED[arch])
     run(case, "cpu", dtype, 0)
     return (finish if part == "finish" else product).compile()
 
@@ -232,6 +232,6 @@ def test_tiles_feed_the_tensor_cores_from_shared_memory(
 
 
 if __name__ == "__main__":
-    room.fetch = identity  # the interpreter has no cache
+    room.prefetch = identity  # the interpreter has no cache
     room.overlaps = lambda: True  # descriptors, except where rows are not aligned
     interpret(lambda: {name: run(case, "cpu", F32, 0) for name, case in SMALL.items()}, room)

@@ -26,7 +26,7 @@ from cortexflow.passes.fold import fold
 from cortexflow.passes.hoist import hoist
 from cortexflow.passes.layout import layout
 from cortexflow.passes.merge import merge
-from cortexflow.passes.run_on import run_on
+from cortexflow.passes.predicate import predicate
 
 FOLDER = Path(__file__).parent / "listings"
 _CASE, _BECOMES = "// ===== ", "// -----\n"
@@ -42,7 +42,7 @@ PASSES: dict[str, Callable[[Module, list[str]], object]] = {
     "merge": lambda m, _: merge(m) and dce(m),
     "hoist": lambda m, _: hoist(m) and dce(m),
     "fuse": lambda m, _: fuse(m),
-    "run_on": lambda m, _: run_on(m),
+    "predicate": lambda m, _: predicate(m),
     "legalize": lambda m, words: legalize(m, lambda op: op.name in words),
     "expose": lambda m, words: expose(m, *words),
 }

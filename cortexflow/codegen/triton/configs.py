@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cortexflow.codegen.triton.claims import FEW_ROWS, SCRATCH, SHARED_BYTES, TENSOR_CORES
+from cortexflow.codegen.triton.claims import SCRATCH, SHARED_BYTES, TENSOR_CORES
 from cortexflow.codegen.triton.tuning import choose, timed
 from cortexflow.ir.core import Op
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -46,14 +46,13 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
     """Of `kernels/triton/product.py` for x [m, k] @ w [k, n]; None for the library.
 
     `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, which stands behind the
-    library's product. `result`: its dtype, wider than `dtype` where logits are wanted as they were summed, which the
-    library has not.
+    library's product. `result`: its dtype, wider than `dtype` where logits are wanted as they were summed: ours then.
     """
     from cortexflow.kernels.triton import product
 
-    unit, wider, few = what == "pairs", result != dtype, m <= FEW_ROWS
+    unit, wider, few = what == "pairs", result != dtype, m <= product.FEW_ROWS
     off = "epilogues" in stage.program.without or (few and "streaming" in stage.program.without)
-    if not unit and not wider and (off or dtype not in TENSOR_CORES or FEW_ROWS < m < 64):
+    if not unit and not wider and (off or dtype not in TENSOR_CORES or product.FEW_ROWS < m < 64):
         return None
     offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few else 6)
     default: Any = product.default(m, n, k, unit, _shared_bytes())
@@ -86,9 +85,9 @@ def attending(stage: Stage, op: Op) -> Any:
 
 def _shared_bytes() -> int:
     """Shared memory that a block may have; Hopper's where there is no card."""
-    from cortexflow.kernels.triton.prefill_attention import card
+    from cortexflow.kernels.triton.common import shared_memory
 
-    return card().shared if torch.cuda.is_available() else SHARED_BYTES
+    return shared_memory() if torch.cuda.is_available() else SHARED_BYTES
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from cortexflow.kernels.triton.common import let_next_start, overlaps, wait_for_previous
+from cortexflow.kernels.triton.common import let_next_start, overlaps, shared_memory, wait_for_previous
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -216,10 +216,9 @@ class Card(NamedTuple):
 def card() -> Card:
     """The current card; where there is none, the smallest that is supported."""
     if not torch.cuda.is_available():
-        return Card(89, 101376, 128)
+        return Card(89, shared_memory(), 128)
     major, minor = torch.cuda.get_device_capability()
-    found = torch.cuda.get_device_properties()
-    return Card(10 * major + minor, found.shared_memory_per_block_optin, found.multi_processor_count)
+    return Card(10 * major + minor, shared_memory(), torch.cuda.get_device_properties().multi_processor_count)
 
 
 def candidates(m: int, n: int, per: int, d: int, on: Card) -> list[Config]:

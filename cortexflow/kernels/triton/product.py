@@ -11,7 +11,6 @@ column beside its up column, so that one accumulator holds both factors of an en
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, wait_for_previous
+from cortexflow.kernels.triton.common import activate, let_next_start, overlaps, shared_memory, wait_for_previous
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 FEW_ROWS = 16  # with at most so many a product is bound by the bytes of its weights
@@ -54,7 +53,7 @@ def _block(
 
 
 @triton.jit
-def fetch(place):
+def prefetch(place):
     """Bring the lines of 128 bytes at some places to the cache that all programs share."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [place], dtype=tl.int32, is_pure=False, pack=1
@@ -149,7 +148,7 @@ def product_kernel(
     if AHEAD:
         k = tl.minimum(part * extent + tl.arange(0, AHEAD), K - 1).to(tl.int64)
         line = tl.minimum(column * (WIDE // COLUMNS) + tl.arange(0, WIDE // 64) * 64, width - 1)
-        fetch(w_rows + k[:, None] * w_row + line[None, :])
+        prefetch(w_rows + k[:, None] * w_row + line[None, :])
     wait_for_previous()
 
     acc = _zeros(ROWS, WIDE, SWAP)
@@ -216,12 +215,6 @@ def finish_kernel(
             1, COLUMNS, ACT, False, BIAS, RESIDUAL, GATE)  # fmt: skip
 
 
-@cache
-def _shared_bytes(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have; none without a card."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
-
-
 def _alignment(x: Tensor) -> int:
     """Entries that rows are multiples of; 0 where they start on multiples of 16 bytes and the card has descriptors."""
     size = x.element_size()
@@ -252,7 +245,7 @@ def product(
     """
     m, k = x.shape
     n = out.shape[1]
-    c = config or default(m, n, k, pairs, _shared_bytes(x.device), x.element_size())
+    c = config or default(m, n, k, pairs, shared_memory(), x.element_size())
     if x.stride(1) != 1 or w.stride(1) != 1:
         raise ValueError("rows of x and w must be dense")
     if pairs and c.split > 1:
@@ -288,7 +281,7 @@ def product(
 
 
 def default(m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: int = 2) -> Config:
-    """A configuration that fits a card whose blocks may have so much shared memory (0: any card)."""
+    """A configuration that fits a card whose blocks may have so much shared memory."""
     if m <= FEW_ROWS and itemsize == 2:  # bound by the weights' bytes: many of them in flight
         wide, hopper = 32 if pairs else 64, shared_bytes > 200 * 1024
         return Config(16, 0, wide, 128, warps=4, stages=6, swap=True) if hopper else Config(16, 0, wide, 64, warps=4)
@@ -323,8 +316,6 @@ PAIRS = (
     Config(128, 64, 64, depth=32, warps=4, stages=5),
     Config(128, 0, 128),
     Config(128, 0, 64, warps=4, stages=3),
-    Config(256, 32, 32, warps=4, stages=2, swap=True),
-    Config(128, 16, 64, warps=4, stages=3, swap=True),
     Config(64, 0, 128, depth=32, warps=4, stages=5),
 )
 FEW = (  # for at most FEW_ROWS rows

@@ -1,9 +1,9 @@
 """Attention of one new token to a cached prefix and to what was generated since, for latency.
 
-A program has one sample and one key head. The prefix was written long ago: its first keys and values are on
-their way to registers before the kernel waits for the one ahead, so that what is left after the wait is the
-query, and the few tokens generated since, whose keys and values stand in a cache of their own. A key head with one
-query head has no use for matrix instructions: `one_head_kernel` multiplies and adds where the keys were loaded.
+A program has one sample and one query head. The prefix was written long ago: its first keys and values are on
+their way to registers before the kernel waits for the one ahead, so that what is left after the wait is the query,
+and the few tokens generated since, whose keys and values stand in a cache of their own. One row has no use for
+matrix instructions: it is multiplied and added where the keys were loaded.
 """
 
 from __future__ import annotations
@@ -15,75 +15,10 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from cortexflow.kernels.triton.common import let_next_start, overlaps, per_sample, shared_memory, wait_for_previous
+from cortexflow.kernels.triton.common import let_next_start, overlaps, per_sample, wait_for_previous
 
-ROWS = 16  # of a matrix instruction: the query heads of a key head
 KEYS = 64  # of a block
 EARLY = 640  # blocks fetched ahead, times a head's entries: more would not fit the registers
-
-
-@triton.jit
-def _weigh(rows, keys, seen, there, top, total, SCALE: tl.constexpr):
-    """(weights of a block of keys, fade of the weights before, largest logit, weights' sum); logits are base 2."""
-    logits = tl.dot(rows, tl.trans(keys), input_precision="ieee") * SCALE
-    logits = tl.where((seen != 0)[None, :], logits, -1.0e30)  # unseen: nothing beside one that is seen
-    logits = tl.where(there[None, :], logits, float("-inf"))
-    new = tl.maximum(top, tl.max(logits, axis=1))
-    p = tl.exp2(logits - new[:, None])
-    fade = tl.exp2(top - new)
-    return p, fade, new, total * fade + tl.sum(p, axis=1)
-
-
-@triton.jit
-def token_attention_kernel(
-    q, k0, v0, k1, v1, mask, out, q_sample, k0_sample, k0_token, v0_sample, v0_token, k1_sample, k1_token, v1_sample,
-    v1_token, mask_sample, out_sample, SCALE: tl.constexpr, CACHED: tl.constexpr, OWN: tl.constexpr,
-    GROUPS: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SECOND: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """One sample and one key head: PER query heads over CACHED keys, the first AHEAD blocks fetched early, then OWN."""
-    let_next_start()
-    LOW: tl.constexpr = q.dtype.element_ty
-    sample, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
-    row, key, d = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, D)
-    k0 += sample * k0_sample + group * D + d[None, :]
-    v0 += sample * v0_sample + group * D + d[None, :]
-    keys, values = (), ()
-    for i in tl.static_range(AHEAD):
-        n = i * KEYS + key
-        keys += (tl.load(k0 + n[:, None] * k0_token, mask=(n < CACHED)[:, None], other=0.0),)
-        values += (tl.load(v0 + n[:, None] * v0_token, mask=(n < CACHED)[:, None], other=0.0),)
-    wait_for_previous()
-
-    head = (group * PER + row)[:, None] * D + d[None, :]
-    rows = tl.load(q + sample * q_sample + head, mask=(row < PER)[:, None], other=0.0)
-    mask += sample * mask_sample
-    own = tl.arange(0, SECOND)
-    there = own < OWN
-    k1 += sample * k1_sample + group * D + own[:, None] * k1_token + d[None, :]
-    v1 += sample * v1_sample + group * D + own[:, None] * v1_token + d[None, :]
-    last_keys = tl.load(k1, mask=there[:, None], other=0.0)
-    last_values = tl.load(v1, mask=there[:, None], other=0.0)
-    seen = tl.load(mask + CACHED + own, mask=there, other=0)
-    top = tl.full((ROWS,), -1.0e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, D), tl.float32)
-    for i in tl.static_range(AHEAD):
-        n = i * KEYS + key
-        look = tl.load(mask + n, mask=n < CACHED, other=0)
-        p, fade, top, total = _weigh(rows, keys[i], look, n < CACHED, top, total, SCALE)
-        acc = tl.dot(p.to(LOW), values[i], acc * fade[:, None], input_precision="ieee")
-    for at in range(AHEAD * KEYS, CACHED, KEYS):
-        n = at + key
-        look = tl.load(mask + n, mask=n < CACHED, other=0)
-        k = tl.load(k0 + n[:, None] * k0_token, mask=(n < CACHED)[:, None], other=0.0)
-        v = tl.load(v0 + n[:, None] * v0_token, mask=(n < CACHED)[:, None], other=0.0)
-        p, fade, top, total = _weigh(rows, k, look, n < CACHED, top, total, SCALE)
-        acc = tl.dot(p.to(LOW), v, acc * fade[:, None], input_precision="ieee")
-    p, fade, top, total = _weigh(rows, last_keys, seen, there, top, total, SCALE)
-    acc = tl.dot(p.to(LOW), last_values, acc * fade[:, None], input_precision="ieee")
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + sample * out_sample + head, result, mask=(row < PER)[:, None])
 
 
 @triton.jit
@@ -94,14 +29,19 @@ def _logits(keys, x, seen, there, SCALE: tl.constexpr):
 
 
 @triton.jit
-def one_head_kernel(
+def token_attention_kernel(
     q, k0, v0, k1, v1, mask, out, q_sample, k0_sample, k0_token, v0_sample, v0_token, k1_sample, k1_token, v1_sample,
     v1_token, mask_sample, out_sample, SCALE: tl.constexpr, CACHED: tl.constexpr, OWN: tl.constexpr,
-    GROUPS: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, SECOND: tl.constexpr, AHEAD: tl.constexpr,
+    HEADS: tl.constexpr, PER: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, SECOND: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """As `token_attention_kernel` for one query head: one maximum and one pass over what was fetched early."""
+    """One query head, PER of which share a key head, over CACHED keys, the first AHEAD blocks fetched early, and OWN.
+
+    There is one maximum and one pass over what was fetched early.
+    """
     let_next_start()
-    sample, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    sample, head = (tl.program_id(0) // HEADS).to(tl.int64), tl.program_id(0) % HEADS
+    group = head // PER
     key, d, own = tl.arange(0, KEYS), tl.arange(0, D), tl.arange(0, SECOND)
     k0 += sample * k0_sample + group * D + d[None, :]
     v0 += sample * v0_sample + group * D + d[None, :]
@@ -112,7 +52,7 @@ def one_head_kernel(
         values += (tl.load(v0 + n[:, None] * v0_token, mask=(n < CACHED)[:, None], other=0.0),)
     wait_for_previous()
 
-    x = tl.load(q + sample * q_sample + group * D + d).to(tl.float32)
+    x = tl.load(q + sample * q_sample + head * D + d).to(tl.float32)
     mask += sample * mask_sample
     there = own < OWN
     k1 += sample * k1_sample + group * D + own[:, None] * k1_token + d[None, :]
@@ -146,7 +86,7 @@ def one_head_kernel(
         total = total * fade + tl.sum(weight, axis=0)
         acc = acc * fade + tl.sum(weight[:, None] * v, axis=0)
         top = new
-    tl.store(out + sample * out_sample + group * D + d, (acc / total).to(out.dtype.element_ty))
+    tl.store(out + sample * out_sample + head * D + d, (acc / total).to(out.dtype.element_ty))
 
 
 def token_attention(
@@ -154,22 +94,15 @@ def token_attention(
 ) -> None:
     """out [b, 1, heads, d] = attention of q [b, 1, heads, d] to k0, v0 [b, n, groups, d] and k1, v1 [b, m, groups, d].
 
-    `mask` bool [b|1, 1, n + m]: a key that is not seen weighs nothing, unless none is. d a power of two from 16, at
-    most 16 query heads a key head; samples and tokens may be strided, heads are dense.
+    `mask` bool [b|1, 1, n + m]: a key that is not seen weighs nothing, unless none is. d a power of two from 16;
+    samples and tokens may be strided, heads are dense. Sums are float32, rounded once.
     """
     b, _, heads, d = q.shape
     (n, groups), m = k0.shape[1:3], k1.shape[1]
-    second = max(16, triton.next_power_of_2(m))
-    room = shared_memory() - (16 << 10) - 2 * second * d * q.element_size()
-    blocks, fit = triton.cdiv(n, KEYS), room // (2 * KEYS * d * q.element_size())  # they pass through shared memory
-    ahead = blocks if blocks <= min(fit, EARLY // d) else max(0, min(fit - 1, EARLY // d))
-    given = (
+    token_attention_kernel[(b * heads,)](
         q, k0, v0, k1, v1, mask.view(torch.uint8), out, q.stride(0), k0.stride(0), k0.stride(1), v0.stride(0),
         v0.stride(1), k1.stride(0), k1.stride(1), v1.stride(0), v1.stride(1), per_sample(mask), out.stride(0),
+        SCALE=scale * math.log2(math.e), CACHED=n, OWN=m, HEADS=heads, PER=heads // groups, D=d, KEYS=KEYS,
+        SECOND=max(16, triton.next_power_of_2(m)), AHEAD=min(triton.cdiv(n, KEYS), EARLY // d),
+        num_warps=8, num_stages=1, launch_pdl=overlaps(),
     )  # fmt: skip
-    shape = {"SCALE": scale * math.log2(math.e), "CACHED": n, "OWN": m, "GROUPS": groups, "D": d, "KEYS": KEYS}
-    shape |= {"SECOND": second, "AHEAD": ahead, "num_warps": 8, "num_stages": 1, "launch_pdl": overlaps()}
-    if heads == groups:
-        one_head_kernel[(b * groups,)](*given, **shape)
-    else:
-        token_attention_kernel[(b * groups,)](*given, PER=heads // groups, ROWS=ROWS, **shape)

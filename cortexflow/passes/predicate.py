@@ -1,4 +1,4 @@
-"""A loop that may end early as one that runs on, for targets whose loops cannot end.
+"""Predication: a loop that may end early as one that runs to its end, for targets whose loops cannot stop.
 
 Once the body has said stop, every result that somebody reads keeps its value; what the remaining steps compute
 beside it goes nowhere. Ops are pure, so that is all the same to a reader.
@@ -14,7 +14,7 @@ from cortexflow.ir.ops import loop, or_, scalar, where
 from cortexflow.passes.rewrite import rewrite
 
 
-def run_on(module: Module) -> int:
+def predicate(module: Module) -> int:
     """Rewrite every loop with an early stop; returns how many there were."""
     read = {v for f in module.funcs.values() for op in f.block.walk() for v in op.inputs}
     return rewrite(module, lambda op: _whole(op, read))
