@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import _gpu, _record, agreement, cold_start, latency
+from benchmarks import _gpu, _record, agreement, batches, cold_start, latency
 from benchmarks._peers import REALTIME_VLA, Captured, realtime_vla_variants
 from cortexflow import compiler
 from cortexflow.codegen import find_target
@@ -182,7 +182,7 @@ def test_limits_are_judged_on_the_figures_there_are() -> None:
     assert not any("vision_encoder" in line for line in lines)
 
 
-@pytest.mark.parametrize("command", [latency.main, agreement.main, cold_start.main])
+@pytest.mark.parametrize("command", [latency.main, agreement.main, cold_start.main, batches.main])
 def test_without_a_card_a_command_says_so(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
