@@ -248,6 +248,7 @@ def test_kernels_are_compiled_and_nothing_runs(card: None) -> None:
         seen.append(y.to(torch.bfloat16).reshape(-1))
         torch.add(seen[0], 1, out=out)
         out[3:5].copy_(x[3:5])
+        torch._foreach_copy_([out[:4], out[8:12]], [x[:4], x[4:8]])  # writes, and returns nothing
         torch.nn.functional.embedding(torch.tensor([10**6]), x.view(8, 8))  # for real this would fail
 
     with compiling(launch, False) as count:

@@ -35,7 +35,8 @@ class _Forms(TorchDispatchMode):
         by_name = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
         written = [by_name[p.name] for p in parameters if p.alias_info is not None and p.alias_info.is_write]
         if written:
-            return written[0] if len(written) == 1 else tuple(written)
+            returned = written[: len(func._schema.returns)]  # some write and return nothing
+            return returned[0] if len(returned) == 1 else tuple(returned) or None
         onto = given[0].device
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
         made = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
