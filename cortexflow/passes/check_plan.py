@@ -1,7 +1,8 @@
 """Is a buffer plan safe? The module runs on names in place of numbers, in an arena that remembers who wrote what.
 
-Every read of bytes that something else has overwritten since is an error. The simulation shares only
-tables and the plan itself with the planner, so that a mistake there shows here.
+Every read of bytes that something else has overwritten since is an error, and so is a byte that a lane and the ops
+beside it have both touched, unless all only read it. The simulation shares only tables and the plan itself with the
+planner, so that a mistake there shows here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from cortexflow.errors import VerifyError
 from cortexflow.ir.builder import OPS
 from cortexflow.ir.core import DTYPE_BYTES, Block, Module, Op, Value
+from cortexflow.passes.lanes import Lane
 from cortexflow.passes.plan_buffers import ALIGNMENT, IN_PLACE, SOURCES, Copy, Plan, described
 
 
@@ -53,6 +55,10 @@ class _Simulation:
             raise VerifyError(f"plan: values lie in {edges[0]}..{edges[-1]}, outside an arena of {plan.peak} bytes")
         self.index = {e: i for i, e in enumerate(edges)}
         self.held = np.zeros(len(edges), np.int64)  # the content between one edge and the next
+        self.lane_of = {op: lane for lane in plan.lanes for op in lane.ops}
+        self.lane: Lane | None = None  # the one that has begun, and may still be running
+        self.within = False  # whether the op at hand is one of it
+        self.touched = {"read": np.zeros(len(edges), bool), "written": np.zeros(len(edges), bool)}  # by its ops
 
     def span(self, v: Value) -> tuple[int, int]:
         """First byte, and the one behind the last; of no bytes for a weight, a constant or a view of one."""
@@ -69,13 +75,34 @@ class _Simulation:
         lo, hi = self.span(v)
         return self.held[self.index[lo] : self.index[hi]] if hi else self.held[:0]
 
+    def touch(self, v: Value, how: str) -> None:
+        """Note what a lane's op reads or writes; any other op must stay away from it until the join."""
+        lo, hi = self.span(v)
+        here = slice(self.index[lo], self.index[hi]) if hi else slice(0)
+        if self.within:
+            self.touched[how][here] = True
+        elif self.lane and any(t[here].any() for k, t in self.touched.items() if "written" in (how, k)):
+            raise VerifyError(f"plan: {described(v)} is {how} beside a lane that has its bytes, before they meet")
+
+    def begin(self, op: Op) -> None:
+        """Note at which op the simulation is: in a lane, beside one, or where it ends."""
+        lane, self.within = self.lane_of.get(op), op in self.lane_of
+        if self.lane and op is self.lane.join:
+            self.lane = None
+        elif lane is not self.lane and lane:
+            self.lane = lane
+            for touched in self.touched.values():
+                touched[:] = False
+
     def read(self, v: Value, why: str) -> None:
+        self.touch(v, "read")
         wrong = self.bytes_of(v)[self.bytes_of(v) != self.content.get(v, -1)]
         if wrong.size:
             raise VerifyError(f"plan: {why}, but {described(v)} was overwritten by {self.names[int(wrong[0])]}")
 
     def write(self, v: Value) -> None:
         """A new content in the value's bytes."""
+        self.touch(v, "written")
         self.names.append(described(v))
         self.content[v] = len(self.names) - 1
         self.bytes_of(v)[:] = self.content[v]
@@ -96,6 +123,7 @@ class _Simulation:
             self.read(copy.source, "a copy reads it")
             if self.overlap(copy.source, copy.target):
                 raise VerifyError(f"plan: a copy to {described(copy.target)} overlaps its source")
+            self.touch(copy.target, "written")
             self.bytes_of(copy.target)[:] = self.content[copy.source]
             if copy.target not in targets:  # a value that stepped aside
                 self.content[copy.target] = self.content[copy.source]
@@ -107,6 +135,7 @@ class _Simulation:
 
     def block(self, block: Block) -> None:
         for op in block.ops:
+            self.begin(op)
             if len(op.outputs) == 1 and op.out in self.plan.layouts:
                 self.view(op)
                 continue

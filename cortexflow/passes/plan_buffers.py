@@ -5,11 +5,12 @@ The stages run one after another, so they are planned as one sequence of positio
 1. *Contents.* What an op writes is a content, live from that op to its last reader. Views (`reshape`,
    `slice`, `broadcast_to`) are other readings of a content. They write after all where strides cannot
    express a reshape, and where a stage returns a part: it would keep the whole alive for later stages.
-   What a loop body reads from outside is live until the loop ends.
+   What a loop body reads from outside is live until the loop ends, what a lane reads until its join.
 2. *Buffers.* A content takes over the bytes of an operand that dies at its op, where the op may work
    in place (`IN_PLACE`). A loop's carry is one buffer for initial value, argument and result; what
    the body yields is put there directly, if nothing needs the old bytes any more, else copied.
-3. *Offsets.* `offsets.py` places the buffers' intervals in the arena.
+3. *Offsets.* `offsets.py` places the buffers' intervals in the arena; those within a lane in a part of it that
+   nobody else has meanwhile.
 4. *Proof.* No arena is smaller than the live bytes at any one position: `Plan.lower_bound`.
 
 Planning changes no op. `check_plan`, in a file of its own, finds every read of overwritten bytes.
@@ -27,6 +28,7 @@ import numpy as np
 from cortexflow.ir.builder import OPS
 from cortexflow.ir.core import DTYPE_BYTES, Block, Module, Op, Value
 from cortexflow.ir.shapes import Shape, slice_bounds
+from cortexflow.passes.lanes import Lane
 from cortexflow.passes.offsets import offsets
 
 ALIGNMENT = 256  # bytes: what GPU allocators give, and enough for every vector load and TMA descriptor
@@ -70,7 +72,7 @@ class Plan:
     `alias_of` leads from a value that shares bytes to its root: the first value in that buffer, or
     the weight or constant that it is a view of. `sizes` and `spans` (first and last position) belong
     to roots. Copies of one op stand in the order in which they must run; a loop's stop flag is read
-    before them. A loop's step is written at the start of each iteration.
+    before them. A loop's step is written at the start of each iteration. `lanes` may run beside what follows them.
     """
 
     offsets: Mapping[Value, int]
@@ -82,6 +84,7 @@ class Plan:
     lower_bound: int
     spans: Mapping[Value, tuple[int, int]]
     stages: tuple[tuple[str, int, int], ...]  # name, first and last position
+    lanes: tuple[Lane, ...]
 
     def layout(self, value: Value) -> Layout:
         """Byte start within the root, and strides in elements, of any value."""
@@ -120,7 +123,7 @@ class Plan:
         return graph
 
 
-def _profile(sizes: Mapping[Value, int], spans: Mapping[Value, tuple[int, int]]) -> np.ndarray:
+def _profile(sizes: Mapping[Any, int], spans: Mapping[Any, tuple[int, int]]) -> np.ndarray:
     """Live bytes at every position."""
     change = np.zeros(max((last for _, last in spans.values()), default=0) + 2, np.int64)
     for root, (first, last) in spans.items():
@@ -198,8 +201,11 @@ class _Buffer:
 
 
 class _Planner:
-    def __init__(self, module: Module, strided: Collection[str], in_place: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, module: Module, strided: Collection[str], in_place: Mapping[str, tuple[int, ...]], lanes: Sequence[Lane]
+    ) -> None:
         self.strided, self.in_place = strided, in_place
+        self.lanes = {op: lane for lane in lanes for op in lane.ops}
         self.at: dict[Op, int] = {}
         self.exit: dict[Op, int] = {}
         self.where: dict[Value, tuple[_Content, Layout]] = {}
@@ -258,6 +264,9 @@ class _Planner:
                 content = self.where[v][0]
                 around = loops[len(content.loops) :]  # loops that read it from outside, again and again
                 content.last = max(content.last, self.exit[around[0]] if around else self.at[op])
+                lane = self.lanes.get(op)
+                if lane and self._lane(content) is not lane:
+                    content.last = max(content.last, self.at[lane.join])
             if op.body:
                 for arg in op.body.args:
                     self._define(arg, self.at[op], (*loops, op))
@@ -283,6 +292,10 @@ class _Planner:
             return content, Layout(start, (0,) * new + tuple(kept))
         restrided = _restrided(x.type.shape, strides, shape)
         return None if restrided is None else (content, Layout(start, restrided))
+
+    def _lane(self, content: _Content) -> Lane | None:
+        """The lane that a content is made in."""
+        return self.lanes.get(content.value.op) if content.value.op else None
 
     # -- step 2: buffers
 
@@ -398,7 +411,10 @@ class _Planner:
 
 
 def plan_buffers(
-    module: Module, strided: Collection[str] = STRIDED, in_place: Mapping[str, tuple[int, ...]] = IN_PLACE
+    module: Module,
+    strided: Collection[str] = STRIDED,
+    in_place: Mapping[str, tuple[int, ...]] = IN_PLACE,
+    lanes: Sequence[Lane] = (),
 ) -> Plan:
     """Plan the buffers of all stages. The module is not changed; the same module gives the same plan.
 
@@ -406,13 +422,20 @@ def plan_buffers(
     has its result. Results of stages are dense. A target whose kernels read only dense operands passes
     `strided=()`; one whose kernels may write over fewer or more operands passes its own `in_place`.
     """
-    planner = _Planner(module, strided, in_place)
+    planner = _Planner(module, strided, in_place, lanes)
     root = {b: b.contents[0].value for b in planner.buffers}
     sizes = {r: -(-r.type.nbytes // ALIGNMENT) * ALIGNMENT for r in root.values()}
     spans = {r: (b.contents[0].first, max(c.last for c in b.contents)) for b, r in root.items()}
-    live = _profile(sizes, spans)
-    columns = np.array(list(sizes.values()), np.int64), np.array(list(spans.values()), np.int64).reshape(-1, 2)
-    at = dict(zip(sizes, offsets(*columns, live).tolist(), strict=True))
+    outer: dict[Value | Lane, tuple[int, tuple[int, int]]] = {r: (sizes[r], spans[r]) for r in sizes}
+    within: dict[Value, tuple[Lane, int]] = {}  # of buffers that nobody reads outside their lane: where in its part
+    for lane in lanes:
+        first, join = planner.at[lane.ops[0]], planner.at[lane.join]
+        own = [r for b, r in root.items() if planner.lanes.get(r.op) is lane and spans[r][1] < join]  # type: ignore[arg-type]
+        at, _ = _offsets({r: outer.pop(r) for r in own})
+        within |= {r: (lane, at[r]) for r in own}
+        outer[lane] = max((at[r] + sizes[r] for r in own), default=0), (first, join)
+    placed, lower_bound = _offsets(outer)
+    at = {r: placed[within[r][0]] + within[r][1] if r in within else placed[r] for r in sizes}
     roots = {v: root[c.home] if c.home else c.value for v, (c, _) in planner.where.items()}
     return Plan(
         offsets={v: at[r] + planner.where[v][1].start for v, r in roots.items() if r in at},
@@ -421,10 +444,16 @@ def plan_buffers(
         layouts={v: layout for v, (c, layout) in planner.where.items() if v is not c.value},
         copies=tuple(planner.copies),
         peak=max((at[r] + n for r, n in sizes.items()), default=0),
-        lower_bound=int(live.max(initial=0)),
+        lower_bound=lower_bound,
         spans=spans,
         stages=tuple(planner.stages),
+        lanes=tuple(lanes),
     )
 
 
-# ---- the proof -------------------------------------------------------------------------------------
+def _offsets(buffers: Mapping[Any, tuple[int, tuple[int, int]]]) -> tuple[dict[Any, int], int]:
+    """Where each buffer (size, span) is to lie; and the lower bound of an arena that holds them."""
+    live = _profile({b: size for b, (size, _) in buffers.items()}, {b: span for b, (_, span) in buffers.items()})
+    sizes = np.array([size for size, _ in buffers.values()], np.int64)
+    spans = np.array([span for _, span in buffers.values()], np.int64).reshape(-1, 2)
+    return dict(zip(buffers, offsets(sizes, spans, live).tolist(), strict=True)), int(live.max(initial=0))

@@ -152,7 +152,7 @@ def run_on_cpu(module: Module) -> None:
     scope: dict = {"__name__": "plan"}
     exec(layout.text, scope)
     arena = torch.full((layout.bytes["arena"],), 0xA5, dtype=torch.uint8)
-    policy = scope["Policy"]({}, arena, (torch.empty(0), torch.ones(1)))
+    policy = scope["Policy"]({}, arena, *[(torch.empty(0), torch.ones(1))] * layout.scratches)
     generator = torch.Generator().manual_seed(0)
     given = {
         n: (torch.randn(t.shape, generator=generator) * 2).to(TORCH_DTYPES[t.dtype]) for n, t in module.inputs.items()
@@ -163,6 +163,27 @@ def run_on_cpu(module: Module) -> None:
     wanted = run_module(module, given, {})
     for name, value in module.funcs["f"].results.items():
         assert torch.equal(getattr(policy, layout.places[value]), wanted[name]), name
+
+
+def test_chains_that_meet_late_run_side_by_side() -> None:
+    """The first of them on a second stream, over a scratch of its own."""
+    matrix = Type("f32", (3, 4))
+    with function("f", x=matrix, y=matrix) as (f, [x, y]):
+        chains = []
+        for v in (x, y):
+            chains.append(v)
+            for _ in range(20):
+                chains[-1] = ops.sub(ops.neg(chains[-1]), v)
+        returns(z=ops.concat(*chains, axis=0))
+    module = Module({"f": f})
+    run_on_cpu(module)
+    layout = Layout(module)
+    body = layout.text[layout.text.index("def f(self)") :].splitlines()
+    inside = [line for line in body if line.startswith(" " * 12)]
+    assert layout.scratches == 2 and len(inside) == 40 and body[2:4] == ["        with beside(self):", inside[0]]
+    assert body.index("        join(self)") == len(body) - 3
+    alone = Layout(module, frozenset({"lanes"}))
+    assert alone.scratches == 1 and "beside(self)" not in alone.text
 
 
 @pytest.mark.parametrize("angles", [(3, 1, 8), (5, 8), (1, 8)])

@@ -16,6 +16,7 @@ from cortexflow.codegen.triton.program import Program
 from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Module, Value
+from cortexflow.passes.lanes import find_lanes
 from cortexflow.passes.plan_buffers import plan_buffers
 
 COUNTERS = 8192  # one for each tile of a split
@@ -26,6 +27,7 @@ SWITCHES = {
     "host_tables": "large tables read by rows stay in host memory",
     "streaming": "few rows: kernels that fetch their weights before they wait for their input; off: the library",
     "epilogues": "gated units and biases inside a product's kernel; off: the library's product, then a kernel behind",
+    "lanes": "chains that read nothing of each other run side by side",
     "joined": "neighbouring row-wise kernels in one launch: a norm behind a sum, rotation with the move to the cache",
 }
 
@@ -38,11 +40,12 @@ class Layout:
         places: the attribute of the plan that holds each wired value.
         weights: (key, form) → attribute.
         host: keys of the weights that stay on the host.
+        scratches: how many the plan takes.
         bytes: by purpose: `weights`, `arena` and `scratch` on the card, `host` in pinned host memory.
     """
 
     def __init__(self, module: Module, without: frozenset[str] = frozenset(), tune: bool = False) -> None:
-        plan = plan_buffers(module)
+        plan = plan_buffers(module, lanes=() if "lanes" in without else find_lanes(module))
         program = Program(module, plan, without, tune, capability())
         program.text()  # names every buffer that a launch touches; those of results may be missing yet
         wired = [v for s in module.stages for v in (*s.args.values(), *s.results.values())]
@@ -54,7 +57,9 @@ class Layout:
         sizes = {True: 0, False: 0}
         for key, _ in self.weights:
             sizes[key in self.host] += types[key].nbytes
-        self.bytes = {"weights": sizes[False], "arena": plan.peak, "scratch": 4 * (SCRATCH + COUNTERS)}
+        self.scratches = 2 if plan.lanes else 1
+        self.bytes = {"weights": sizes[False], "arena": plan.peak}
+        self.bytes["scratch"] = self.scratches * 4 * (SCRATCH + COUNTERS)
         self.bytes["host"] = sizes[True]
 
 
@@ -89,10 +94,15 @@ class TritonExecutable:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # or the arena takes a corner of a large block that nobody else needs any more
         arena = torch.empty(self.layout.bytes["arena"], dtype=torch.uint8, device=device)
-        parts = torch.empty(SCRATCH, dtype=torch.float32, device=device)
-        scratch = (parts, torch.zeros(COUNTERS, dtype=torch.int32, device=device))
+        scratch = [
+            (
+                torch.empty(SCRATCH, dtype=torch.float32, device=device),
+                torch.zeros(COUNTERS, dtype=torch.int32, device=device),
+            )
+            for _ in range(self.layout.scratches)
+        ]
         named, empty = allot(self.layout.weights, module.weight_types(), device, self.layout.host, forms)
-        self._policy = scope["Policy"](named, arena, scratch)
+        self._policy = scope["Policy"](named, arena, *scratch)
         self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
         self._staging = Staging(module.inputs, device)
         self._all = tuple(s.name for s in module.stages)

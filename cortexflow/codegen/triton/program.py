@@ -30,6 +30,7 @@ from cortexflow.kernels.torch import functions
 from cortexflow.kernels.torch.functions import *
 from cortexflow.kernels.triton import prefill_attention, product
 from cortexflow.kernels.triton.gather import embed
+from cortexflow.kernels.triton.order import beside, join, settle
 from cortexflow.kernels.triton.rows import argmax, epilogue, glu, layer_norm, modulated_norm, rms_norm
 from cortexflow.kernels.triton.rows import rope, rope_and_cache, summed_norm
 from cortexflow.kernels.triton.segment_attention import Config, Split, segment_attention
@@ -53,19 +54,15 @@ def halves(scratch: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
     return scratch[0].view(out.dtype)[: 2 * out.numel()].view(len(out), -1)
 
 
-def settle(scratch: tuple[Tensor, Tensor]) -> None:
-    """Wait for everything before: a kernel behind this may read it before it waits for its turn."""
-    scratch[1][-1:].zero_()
-
-
 '''
 
 _CLASS = '''
 class Policy:
     """The launches of every stage, over one arena."""
 
-    def __init__(self, weights: dict[str, Tensor], arena: Tensor, scratch: tuple[Tensor, Tensor]) -> None:
-        self.device, self.scratch = arena.device, scratch
+    def __init__(self, weights: dict[str, Tensor], arena: Tensor, *scratch: tuple[Tensor, Tensor]) -> None:
+        self.device, self.scratch, self.other = arena.device, scratch[0], scratch[-1]
+        self.stream = torch.cuda.Stream(self.device) if len(scratch) > 1 and arena.is_cuda else None
         for name in WEIGHTS:
             setattr(self, name, weights[name])
         for name, (value, dtype, shape) in CONSTANTS.items():
@@ -95,6 +92,8 @@ class Stage:
         self.rotated = {} if "joined" in program.without else joined_rotations(func.block, program.plan)
         self.done |= {op for joined in self.rotated.values() for op in joined.ops}
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
+        self.lanes = {lane.ops[0]: lane for lane in program.plan.lanes}
+        self.joins = {lane.join for lane in program.plan.lanes}
 
     def text(self) -> str:
         """The method's source."""
@@ -165,8 +164,16 @@ class Stage:
     def block(self, block: Block, indent: str) -> None:
         """One line an op, or nothing for a view."""
         self.after |= {op: block.ops[i + 1 :] for i, op in enumerate(block.ops)}
+        beside: tuple[Op, ...] = ()  # the lane at hand
         for op in block.ops:
-            if op.name == "const":
+            if op in self.lanes:
+                beside = self.lanes[op].ops
+                self.lines.append(f"{indent}with beside(self):")
+            if op in self.joins:
+                self.lines.append(f"{indent}join(self)")
+            if op in beside:
+                self.launch(op, indent + "    ")
+            elif op.name == "const":
                 self.direct[op.out] = f"self.{self.program.constant(op)}"
             elif op.name == "loop":
                 self.loop(op, indent)
