@@ -149,11 +149,11 @@ def test_a_form_only_moves_entries(form: str, shape: tuple[int, int]) -> None:
 def plain() -> Module:
     """Two stages of ops that PyTorch runs: a plan that a CPU can follow."""
     with function("first", x=Type("f32", (2, 3)), n=Type("i32", (2,))) as (first, [x, n]):
-        h = ops.cumsum(ops.mul(x, ops.weight(key="w", type=Type("f32", (2, 3)))), axis=1)
+        h = ops.cumsum(ops.div(x, ops.weight(key="w", type=Type("f32", (2, 3)))), axis=1)
         rows = ops.gather(ops.weight(key="table", type=Type("f32", (3, 9))), n, axis=1)  # of columns: no kernel of ours
-        returns(h=ops.mul(h, ops.transpose(rows, perm=(1, 0))))
+        returns(h=ops.div(h, ops.transpose(rows, perm=(1, 0))))
     with function("second", h=Type("f32", (2, 3)), z=Type("f32", (2, 3))) as (second, [h, z]):
-        returns(y=ops.sub(ops.cumsum(h, axis=1), z))
+        returns(y=ops.div(ops.cumsum(h, axis=1), z))
     return Module({"first": first, "second": second})
 
 

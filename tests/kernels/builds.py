@@ -21,7 +21,7 @@ SHARED = {80: 166912, 89: 101376, 90: 232448, 120: 101376}  # bytes of shared me
 REGISTERS = 1 << 16  # of a multiprocessor
 OVERLAP = 90  # programmatic dependent launch begins here
 ACCESS = r"\b(ld|st)\.global|cp\.async|bulk\.tensor"
-HOST_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl")
+HOST_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "launch_pdl", "enable_fp_fusion")
 NAMES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32",
 }  # fmt: skip

@@ -27,7 +27,8 @@ SWITCHES = {
     "host_tables": "large tables read by rows stay in host memory",
     "streaming": "few rows: kernels that fetch their weights before they wait for their input; off: the library",
     "epilogues": "gated units and biases inside a product's kernel; off: the library's product, then a kernel behind",
-    "lanes": "chains that read nothing of each other run side by side",
+    "chains": "small ops that work entry by entry, one behind the other, are one launch",
+    "lanes": "long chains that read nothing of each other run side by side",
     "joined": "neighbouring row-wise kernels in one launch: a norm behind a sum, rotation with the move to the cache",
 }
 

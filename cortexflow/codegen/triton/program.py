@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from cortexflow.codegen.torch import RULES as TORCH_RULES
+from cortexflow.codegen.triton.chains import find_chains
 from cortexflow.codegen.triton.claims import has_table
 from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
@@ -31,6 +32,7 @@ from cortexflow.kernels.torch.functions import *
 from cortexflow.kernels.triton import prefill_attention, product
 from cortexflow.kernels.triton.gather import embed
 from cortexflow.kernels.triton.order import beside, join, settle
+from cortexflow.kernels.triton.pointwise import pointwise
 from cortexflow.kernels.triton.rows import argmax, epilogue, glu, layer_norm, modulated_norm, rms_norm
 from cortexflow.kernels.triton.rows import rope, rope_and_cache, summed_norm
 from cortexflow.kernels.triton.segment_attention import Config, Split, segment_attention
@@ -75,10 +77,6 @@ class Policy:
 
 
 _SILENT = ("weight", "const")  # ops without a launch
-_INTO = {  # PyTorch's functions that write their result to a place: one launch, where a copy would be a second
-    **{name: name for name in ("add", "sub", "mul", "lt", "le", "eq", "neg", "where", "exp", "log", "sqrt", "abs")},
-    **{"max": "maximum", "min": "minimum", "and": "bitwise_and", "or": "bitwise_or", "not": "bitwise_not"},
-}
 
 
 class Stage:
@@ -91,6 +89,7 @@ class Stage:
         self.done: set[Op] = set()  # launched together with an op before
         self.rotated = {} if "joined" in program.without else joined_rotations(func.block, program.plan)
         self.done |= {op for joined in self.rotated.values() for op in joined.ops}
+        self.chains = {} if "chains" in program.without else find_chains(func.block, program.plan)
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
         self.lanes = {lane.ops[0]: lane for lane in program.plan.lanes}
         self.joins = {lane.join for lane in program.plan.lanes}
@@ -187,8 +186,18 @@ class Stage:
             return
         out = self.name(op.out)
         rule = RULES.get(op.name)
-        for line in rule(self, op, out) if rule else self.copied(op, out):
+        for line in self.chain(op) or (rule(self, op, out) if rule else self.copied(op, out)):
             self.lines.append(f"{indent}{line}  # {op.note}".rstrip(" #"))
+
+    def chain(self, first: Op) -> list[str]:
+        """The launch of a run of small ops, where one begins."""
+        if first not in self.chains:
+            return []
+        ops, text, sources, targets = self.chains[first]
+        self.done |= set(ops)
+        given = [self.name(v) + (f".expand({s})" if s != v.type.shape else "") for v, s in sources]
+        places = ", ".join(f"{name!r}: {self.name(v)}" for name, v in targets.items())
+        return [f"pointwise({text!r}, [{', '.join(given)}], {{{places}}})"]
 
     def copied(self, op: Op, out: str) -> list[str]:
         """An op off the hot path, by the torch target's rule."""
@@ -199,8 +208,6 @@ class Stage:
             return [f"{out}.copy_({given[0]})"]
         if op.name == "concat":
             return [f"torch.cat(({', '.join(given)},), dim={op.attrs['axis']}, out={out})"]
-        if op.name in _INTO:
-            return [f"torch.{_INTO[op.name]}({', '.join(given)}, out={out})"]
         return [f"{out}.copy_({TORCH_RULES[op.name](op, *given)})"]
 
     def loop(self, op: Op, indent: str) -> None:

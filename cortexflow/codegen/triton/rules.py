@@ -16,7 +16,7 @@ from cortexflow.codegen.triton.claims import (
     streams,
 )
 from cortexflow.codegen.triton.configs import attending, multiplying, segmented, streamed, warped
-from cortexflow.ir.core import FLOATS, Op, Value
+from cortexflow.ir.core import Op, Value
 
 if TYPE_CHECKING:
     from cortexflow.codegen.triton.program import Stage
@@ -268,27 +268,6 @@ def _act(stage: Stage, op: Op, out: str) -> list[str]:
     return [f"epilogue({_flat(stage, op.inputs[0])}, rows({out}), act={op.attrs['kind']!r})"]
 
 
-def _cast(stage: Stage, op: Op, out: str) -> list[str]:
-    x = op.inputs[0]
-    if x.type.dtype not in FLOATS or op.out.type.dtype not in FLOATS or "f64" in (x.type.dtype, op.out.type.dtype):
-        return stage.copied(op, out)
-    if not x.type.shape:
-        return stage.copied(op, out)
-    return [f"epilogue({_flat(stage, x)}, rows({out}))"]
-
-
-def _add(stage: Stage, op: Op, out: str) -> list[str]:
-    """A sum of two matrices, or of a matrix and one row."""
-    x, y = op.inputs
-    if x.type.dtype not in ("f32", "bf16", "f16") or not x.type.shape or x.type.shape != op.out.type.shape:
-        return stage.copied(op, out)
-    if y.type.shape == x.type.shape:
-        return [f"epilogue({_flat(stage, x)}, rows({out}), residual={_flat(stage, y)})"]
-    if _is_row(y, x):
-        return [f"epilogue({_flat(stage, x)}, rows({out}), bias={_row(stage, y)})"]
-    return stage.copied(op, out)
-
-
 def _concat(stage: Stage, op: Op, out: str) -> list[str]:
     """Matrices below each other, in every sample."""
     shape = op.out.type.shape
@@ -315,10 +294,6 @@ def _cache_update(stage: Stage, op: Op, out: str) -> list[str]:
     if index not in stage.program.steps:
         return stage.copied(op, out)
     return [f"{stage.slot(op)}.copy_({stage.name(new)})"]
-
-
-def _is_row(y: Value, x: Value) -> bool:
-    return y.type.shape[-1:] == x.type.shape[-1:] and y.type.size == x.type.shape[-1]
 
 
 def _affine(stage: Stage, norm: Op) -> list[str]:
@@ -378,11 +353,9 @@ RULES: dict[str, Rule] = {
     "fused.matmul_residual": _matmul_residual,
     "fused.matmul_gated_residual": _matmul_gated_residual,
     "act": _act,
-    "add": _add,
     "cache_update": _cache_update,
     "argmax": _argmax,
     "attention": _attention,
-    "cast": _cast,
     "concat": _concat,
     "gather": _gather,
     "matmul": _product,
