@@ -21,7 +21,7 @@ def canonicalize(module: Module) -> int:
         for op in func.block.walk():
             if isinstance(op.attrs.get("axis"), int):
                 op.attrs["axis"] = axis_name(op.inputs[0].type, op.attrs["axis"])
-    fired = rewrite(module, _cast, _reshape, _transpose, _slice, _broadcast, _neutral, _unneeded_broadcast)
+    fired = rewrite(module, _cast, _reshape, _transpose, _slice, _broadcast, _neutral, _of_one, _unneeded_broadcast)
     return fired + order_operands(module)
 
 
@@ -135,6 +135,13 @@ def _neutral(op: Op) -> Value | None:
         if number is not None and number == _NEUTRAL[op.name] and op.inputs[i].type == op.out.type:
             return op.inputs[i]
     return None
+
+
+def _of_one(op: Op) -> Value | None:
+    """The sum, mean or maximum over axes that have one entry."""
+    if op.name not in ("reduce_sum", "reduce_mean", "reduce_max") or op.out.type.size != op.inputs[0].type.size:
+        return None
+    return reshape(op.inputs[0], shape=op.out.type.shape)
 
 
 def _unneeded_broadcast(op: Op) -> Value | None:
