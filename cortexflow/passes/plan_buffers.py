@@ -90,6 +90,16 @@ class Plan:
         """Byte start within the root, and strides in elements, of any value."""
         return self.layouts.get(value) or Layout(0, dense(value.type.shape))
 
+    def meet(self, a: Value, b: Value) -> bool:
+        """Whether two values share bytes of the arena, from the first to the last that each has."""
+        if a not in self.offsets or b not in self.offsets:
+            return False
+        ends = []
+        for v in (a, b):
+            reach = sum((d - 1) * s for d, s in zip(v.type.shape, self.layout(v).strides, strict=True)) + 1
+            ends.append(self.offsets[v] + reach * DTYPE_BYTES[v.type.dtype])
+        return self.offsets[a] < ends[1] and self.offsets[b] < ends[0]
+
     def report(self, rows: int = 12) -> str:
         """A table: peak, lower bound, the peak of each stage, the largest buffers at the peak."""
         live = _profile(self.sizes, self.spans)

@@ -60,6 +60,14 @@ def test_a_view_of_a_result_is_read_by_another_launch() -> None:
     assert [op.name for op in behind.ops] == ["sub"]
 
 
+def test_a_result_in_another_shape_is_still_at_hand() -> None:
+    with function("f", x=ROW) as (f, [x]):
+        y = ops.reshape(ops.neg(ops.abs_(x)), shape=(4, 3))
+        returns(z=ops.sub(y, ops.reshape(x, shape=(4, 3))))
+    (found,) = chains_of(Module({"f": f}))
+    assert found.text == "v2: f32 = abs(v0); v3: f32 = neg(v2); v4: f32 = sub(v3, v1)"
+
+
 def test_a_result_that_would_lie_across_a_source_is_another_launch() -> None:
     """Of a row that all rows read, the first row's result must not take the bytes before the others have read it."""
     with function("f", x=ROW) as (f, [x]):

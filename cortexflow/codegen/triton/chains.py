@@ -64,20 +64,21 @@ def _find(block: Block, plan: Plan, readers: Readers) -> dict[Op, Chain]:
 def _chain(ops: list[Op], plan: Plan, readers: Readers) -> Chain | None:
     """Ops as a chain; None where one launch cannot do them, or would read what it has written."""
     size, made = ops[0].out.type.size, {op.out for op in ops}
-    outside = [(v, op.out.type.shape) for op in ops for v in op.inputs if v not in made and _number(v, plan) is None]
+    inputs = {op: [_flat(v, made) for v in op.inputs] for op in ops}
+    outside = [(v, op.out.type.shape) for op in ops for v in inputs[op] if v not in made and _number(v, plan) is None]
     sources = tuple(dict.fromkeys(outside))
     stored = [op.out for op in ops if readers.get(op.out, set()) - set(ops)]
     if any(op.out.type.size != size for op in ops) or not 0 < len(sources) <= MOST_SOURCES:
         return None
     if not 0 < len(stored) <= MOST_TARGETS or any(_shown(v, plan) in made for v, _ in sources):
         return None
-    if any(_meet(t, v, plan) and not _same_place(t, v, plan) for t in stored for v, _ in sources):
+    if any(plan.meet(t, v) and not _same_place(t, v, plan) for t in stored for v, _ in sources):
         return None
     names = {op.out: f"v{len(sources) + i}" for i, op in enumerate(ops)}
     steps = []
     for op in ops:
-        at = {v: f"v{sources.index((v, op.out.type.shape))}" for v in op.inputs if (v, op.out.type.shape) in sources}
-        operands = ", ".join(names.get(v) or at.get(v) or str(_number(v, plan)) for v in op.inputs)
+        at = {v: f"v{sources.index((v, op.out.type.shape))}" for v in inputs[op] if (v, op.out.type.shape) in sources}
+        operands = ", ".join(names.get(v) or at.get(v) or str(_number(v, plan)) for v in inputs[op])
         steps.append(f"{names[op.out]}: {op.out.type.dtype} = {op.name}({operands})")
     return Chain(tuple(ops), "; ".join(steps), sources, {names[v]: v for v in stored})
 
@@ -89,23 +90,20 @@ def _shown(v: Value, plan: Plan) -> Value:
     return v
 
 
+def _flat(v: Value, made: set[Value]) -> Value:
+    """A value that a chain makes, where it is read in another shape: its entries stand in the same order."""
+    shown = v
+    while shown not in made and shown.op is not None and shown.op.name == "reshape":
+        shown = shown.op.inputs[0]
+    return shown if shown in made else v
+
+
 def _number(v: Value, plan: Plan) -> str | None:
     """A constant that is one number, as it is in its dtype."""
     op = plan.alias_of.get(v, v).op
     if op is None or op.name != "const" or not isinstance(op.attrs["value"], (bool, int, float)):
         return None
     return repr(torch.tensor(op.attrs["value"], dtype=TORCH_DTYPES[op.attrs["dtype"]]).item())
-
-
-def _meet(a: Value, b: Value, plan: Plan) -> bool:
-    """Whether two values share bytes of the arena, from the first to the last that each has."""
-    if a not in plan.offsets or b not in plan.offsets:
-        return False
-    ends = []
-    for v in (a, b):
-        reach = sum((d - 1) * s for d, s in zip(v.type.shape, plan.layout(v).strides, strict=True)) + 1
-        ends.append(plan.offsets[v] + reach * DTYPE_BYTES[v.type.dtype])
-    return plan.offsets[a] < ends[1] and plan.offsets[b] < ends[0]
 
 
 def _same_place(a: Value, b: Value, plan: Plan) -> bool:

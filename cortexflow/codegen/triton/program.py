@@ -153,7 +153,7 @@ class Stage:
                 continue
             fits = other.name in names and other.inputs[0] is op.out and other not in self.done
             read = (op.inputs[0], *op.inputs[3:])  # the residual; gate or bias
-            fits = fits and not any(self.program.overlap(other.out, v) for v in read)
+            fits = fits and not any(self.program.plan.meet(other.out, v) for v in read)
             if not fits or other.out.type.dtype != op.out.type.dtype:
                 return None
             self.done.add(other)
@@ -261,13 +261,6 @@ class Program:
     def weight(self, key: str, form: str) -> str:
         """The attribute that holds a weight in a form."""
         return self.weights.setdefault((key, form), f"w{len(self.weights)}{'' if form == 'plain' else form[0]}")
-
-    def overlap(self, a: Value, b: Value) -> bool:
-        """Whether two values share bytes of the arena."""
-        if a not in self.plan.offsets or b not in self.plan.offsets:
-            return False
-        (x, y), (m, n) = (self.plan.offsets[a], self.plan.offsets[b]), (a.type.nbytes, b.type.nbytes)
-        return x < y + n and y < x + m
 
     def constant(self, op: Op) -> str:
         """The attribute that holds a constant."""
