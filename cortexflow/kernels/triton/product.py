@@ -309,6 +309,7 @@ PLAIN = (
     Config(128, 0, 64, warps=4, swap=True),
     Config(64, 0, 64, warps=4),
     Config(64, 0, 128, warps=4),
+    Config(64, 0, 128, warps=4, stages=5),
 )
 PAIRS = (
     Config(128, 64, 128),
