@@ -42,7 +42,7 @@ class Split(NamedTuple):
 
 def fits(m: int, heads: int, d: int, n: int, config: Split) -> bool:
     """Whether there are layouts for the shape, and registers for all parts of a row at once."""
-    return config.keys in (32, 64) and ROWS % heads == 0 and d in (128, 256) and parts(m, n, config) <= 32
+    return config.keys in (32, 64, 128) and ROWS % heads == 0 and d in (128, 256) and parts(m, n, config) <= 32
 
 
 def parts(m: int, n: int, config: Split) -> int:
@@ -50,8 +50,13 @@ def parts(m: int, n: int, config: Split) -> int:
     return max(triton.cdiv(n, config.keys - OWN), triton.cdiv(m, OWN))
 
 
+def tiles(m: int, heads: int) -> int:
+    """Tiles of rows."""
+    return triton.cdiv(m * heads, ROWS)
+
+
 def _padded(m: int, heads: int) -> int:
-    return triton.cdiv(m * heads, ROWS) * ROWS
+    return tiles(m, heads) * ROWS
 
 
 def scratch_size(m: int, heads: int, n: int, config: Split) -> int:

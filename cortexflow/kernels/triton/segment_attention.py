@@ -43,13 +43,16 @@ class Config(NamedTuple):
 
 FEW = (Config(16, 64, 8, 16, 32, 4), Config(16, 64, 4, 16, 32, 4))
 MANY = (Config(64, 64, 8, 16, 64, 8), Config(64, 32, 4, 16, 64, 4), Config(32, 128, 8, 16, 32, 4))
-SPLITS = (Split(64), Split(32))  # the second has too many parts where keys are many
+SPLITS = (Split(64), Split(128), Split(32))  # the last has too many parts where keys are many
+MOST_BLOCKS = 96  # of 64 keys. 126 of them take the room in which the next products fetch their weights
 
 
 def candidates(b: int, m: int, heads: int, d: int, n: int) -> list[Config | Split]:
     """At most five configurations worth timing for 16-bit floats, the one that needs no timing first."""
     few = m * heads <= 128 and b < 4  # small tiles occupy the card, which four samples do with large ones
     splits = [c for c in SPLITS if _has_warpgroups() and split.fits(m, heads, d, n, c)]
+    if b * split.tiles(m, heads) * split.parts(m, n, SPLITS[0]) > MOST_BLOCKS:
+        splits.sort(key=lambda c: -c.keys)
     known = FEW if few else [c for c in MANY if _has_warpgroups() or c.rows < 64]  # 64 rows are for warp groups
     tiles = list(dict.fromkeys(_narrowed(c, m, d, n) for c in known))
     return ([*tiles, *splits] if few else [*splits[:1], *tiles])[:5]
