@@ -22,7 +22,7 @@ clock = time.perf_counter
 PARTS = {
     "load_model": "open the checkpoint",
     "lower": "passes",
-    "prepare": "prepare weights",
+    "prepared": "plan preparing",
     "plan_buffers": "plan",
 }
 BESIDE = "{}, in other threads"
