@@ -22,7 +22,7 @@ clock = time.perf_counter
 PARTS = {
     "load_model": "open the checkpoint",
     "lower": "passes",
-    "prepare": "prepare weights",
+    "prepared": "prepare weights",  # plans it; `watch` adds the runs
     "plan_buffers": "plan",
 }
 BESIDE = "{}, in other threads"
@@ -70,7 +70,7 @@ def watch(spans: Seconds) -> None:
     """Add up the time of the parts of `compile`, of reading tensors, and of Triton's compiler."""
     from dataclasses import replace
 
-    from cortexflow import compiler
+    from cortexflow import compiler, weights
     from cortexflow.checkpoints import Checkpoint
 
     inner: list[float] = []  # of each part under way in this thread, what parts within it took
@@ -78,6 +78,7 @@ def watch(spans: Seconds) -> None:
     for name, part in PARTS.items():
         if name in names:
             names[name] = timed(spans, inner, part, names[name])
+    vars(weights)["run"] = timed(spans, inner, PARTS["prepared"], weights.run)
     reading = timed(spans, inner, "read and check tensors", Checkpoint.load_checked)
     Checkpoint.load_checked = reading  # type: ignore[method-assign]
     find = names["find_target"]

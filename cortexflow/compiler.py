@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cortexflow.checkpoints import Checkpoint, count_nonfinite, match, open_checkpoint
 from cortexflow.codegen import Executable, Target, find_target
@@ -23,7 +23,7 @@ from cortexflow.passes.expose import expose as expose_named
 from cortexflow.passes.lanes import find_lanes
 from cortexflow.passes.pipeline import SWITCHES, Pass, pipeline, switched
 from cortexflow.passes.plan_buffers import plan_buffers
-from cortexflow.weights import Weights, check_weights, fingerprints, prepare, stages_of
+from cortexflow.weights import Weights, fingerprints, prepared, stages_of
 
 DTYPES = {
     torch.float32: "f32",
@@ -122,7 +122,7 @@ class Shared:
     """What the builds of one policy, for several signatures, have in common.
 
     Attributes:
-        known: prepared weights by fingerprint.
+        known: prepared weights by fingerprint, for a target that does not take `forms`.
         forms: by fingerprint what a target made of a weight on the device, for its next build.
         sizes: bytes of the prepared weights by key and fingerprint.
     """
@@ -152,17 +152,19 @@ def build_one(
     `weight_bytes` of the result counts the weights of all builds that `shared.sizes` has seen.
     """
     lowered, steps = lower(graph, signature, dtype, target, passes, expose=expose, weights=source, without=without)
-    check_weights(lowered, source)
     stages, marks = stages_of(lowered), fingerprints(lowered)
-    prepared = cache(lambda: prepare(lowered, source, progress, shared.known)[1])
-    # Prepared when the first is asked for: a target may compile kernels first, and meanwhile.
-    ready = Weights(list(stages.weight_types()), lambda key: prepared()[key])
     forms = {key: shared.forms.setdefault(mark, {}) for key, mark in marks.items()}
+    there = {mark for mark, placed in shared.forms.items() if placed}
+    known = None if "forms" in target.options else shared.known  # who keeps them on the device needs no second copy
     given = {"forms": forms, "tune": tune, "progress": progress}
     options: dict[str, Any] = {name: given[name] for name in target.options}
     if target.switches:
         options["without"] = without & target.switches.keys()
-    executable = target.build(stages, ready, device, **options)
+    missing = len(set(marks.values()) - there - shared.known.keys())
+    bar = tqdm(total=missing, desc="preparing weights", unit="weight", delay=1.0, leave=False, disable=not progress)
+    with bar:  # prepared when the target asks for them: it may compile kernels first, and meanwhile
+        ready = prepared(lowered, source, there=there, known=known, done=bar.update)
+        executable = target.build(stages, ready, device, **options)
     _dump_source(executable, target, len(steps))
     shared.sizes |= {(key, marks[key]): t.nbytes for key, t in stages.weight_types().items()}
     vocabulary = None if isinstance(graph, Module) else graph.config.vocab_size

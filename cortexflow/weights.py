@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cortexflow.errors import CheckpointError, InputError
-from cortexflow.ir import PREPARE, Block, Func, Module, Op, Value, run
-from cortexflow.ir.core import clone_block
+from cortexflow.ir import PREPARE, Block, Func, Module, Op, Type, Value, run
+from cortexflow.ir.core import clone_block, uses
 from cortexflow.ir.dtypes import TORCH_DTYPES
-from cortexflow.ir.interpreter import count_runs
 from cortexflow.passes.dce import sweep
+
+_MOVES = ("transpose", "reshape", "slice")  # ops that only move entries of their one operand
 
 
 class Weights(Mapping[str, Tensor]):
@@ -54,38 +54,50 @@ def check_weights(module: Module, weights: Mapping[str, Any]) -> None:
         )
 
 
-def prepare(
+def prepare(module: Module, weights: Mapping[str, Tensor]) -> tuple[Module, dict[str, Tensor]]:
+    """Run `prepare` and gather what the stages read: (the stages alone, their weights by key, dense)."""
+    ready = prepared(module, weights)
+    return stages_of(module), {key: x.contiguous() for key, x in ready.items()}
+
+
+def prepared(
     module: Module,
     weights: Mapping[str, Tensor],
-    progress: bool = False,
+    *,
+    there: Container[str] = (),
     known: dict[str, Tensor] | None = None,
-) -> tuple[Module, dict[str, Tensor]]:
-    """Run `prepare` and gather what the stages read: (the stages alone, their weights by key).
+    done: Callable[[int], object] = lambda n: None,
+) -> Weights:
+    """What the stages read, by key, each made when it is first asked for; its axes may lie in another order.
 
-    Checkpoint tensors are read one at a time and dropped after their last use, so that memory holds
-    the finished weights and little else. `known`, by fingerprint, holds what other modules of the same
-    checkpoint have made already; what is made here is put there.
+    With it are made those that share an op with it, less what is `there`: fingerprints of weights that the target has
+    from earlier builds, and will hardly ask for. `known` holds, by fingerprint, what other modules of the same
+    checkpoint have made, and keeps, dense, what is made here; without it each is let go when it is handed over.
+    Checkpoint tensors are dropped after their last use, so that memory holds finished weights and little else. `done`
+    is told how many were made. Raises `CheckpointError` for missing tensors, `InputError` for those of another shape.
     """
     check_weights(module, weights)
-    stages = stages_of(module)
-    needed = stages.weight_types()
-    marks = fingerprints(module)
-    known = known if known is not None else {}
-    wanted = [k for k in needed if marks[k] not in known]
-    found: dict[str, Tensor] = {}
-    if PREPARE in module.funcs:
-        func = _only(module.funcs[PREPARE], wanted)
-        total = count_runs(func.block)
-        bar = tqdm(total=total, desc="preparing weights", unit="op", delay=1.0, leave=False, disable=not progress)
-        with bar:
-            found = run(func, {}, weights, watch=lambda op, results: bar.update(1))
-    direct = [k for k in wanted if k not in found]
-    for key in tqdm(direct, desc="reading weights", unit="tensor", delay=1.0, leave=False, disable=not progress):
-        t = needed[key]
-        found[key] = weights[key].to(TORCH_DTYPES[t.dtype])
-    for key in wanted:
-        known[marks[key]] = _dense(found.pop(key), key, needed[key].shape)
-    return stages, {k: known[marks[k]] for k in needed}
+    types, marks = stages_of(module).weight_types(), fingerprints(module)
+    parts = _parts(_narrowed(module.funcs[PREPARE])) if PREPARE in module.funcs else {}
+    made: dict[str, Tensor] = {} if known is None else known
+
+    def make(key: str) -> dict[str, Tensor]:
+        if key not in parts:
+            return {key: weights[key].to(TORCH_DTYPES[types[key].dtype])}
+        others = (k for k in parts[key].results if k in types and marks[k] not in there and marks[k] not in made)
+        return run(_only(parts[key], {key, *others}), {}, weights)
+
+    def load(key: str) -> Tensor:
+        mark = marks[key]
+        if mark not in made:
+            found = make(key)
+            for k, x in found.items():
+                x = _checked(x, k, types[k].shape)
+                made[marks[k]] = x if known is None else x.contiguous()
+            done(len(found))
+        return made.pop(mark) if known is None else made[mark]
+
+    return Weights(list(types), load)
 
 
 def stages_of(module: Module) -> Module:
@@ -120,20 +132,65 @@ def _mark(op: Op, env: Mapping[Value, str], body: str = "") -> str:
     return hashlib.sha256(repr((op.name, attrs, [env[v] for v in op.inputs], body)).encode()).hexdigest()
 
 
-def _only(func: Func, names: list[str]) -> Func:
-    """A function cut down to some of its results; those that it does not have are left out."""
+def _narrowed(func: Func) -> Func:
+    """A copy that reads weights in the dtype that they are rounded to, where they are only moved about before.
+
+    Rounding an entry gives the same bits wherever it stands; a large copy in float32 is never made.
+    """
+    narrowed = Func(func.name, clone_block(func.block, {}))
+    reads = uses(narrowed.block)
+    for cast in (op for op in narrowed.block.walk() if op.name == "cast" and op.attrs["dtype"] in ("bf16", "f16")):
+        chain = [cast.inputs[0]]
+        while chain[-1].op is not None and chain[-1].op.name in _MOVES:
+            chain += chain[-1].op.inputs
+        source = chain[-1].op
+        if source is None or source.name != "weight" or any(v.type.dtype != "f32" or reads[v] > 1 for v in chain):
+            continue
+        for v in chain:
+            v.type = Type(cast.out.type.dtype, v.type.shape)
+        source.attrs["type"] = chain[-1].type
+    return narrowed
+
+
+def _parts(func: Func) -> dict[str, Func]:
+    """A function in parts that share no op but constants: for each result, the part that makes it."""
+    import networkx as nx
+
+    graph = nx.Graph()
+    for op in func.block.ops[:-1]:
+        graph.add_node(op)
+        reads = {*op.inputs, *(uses(op.body) if op.body else ())}
+        graph.add_edges_from((op, v.op) for v in reads if v.op is not None and v.op.name != "const")
+    home = {op: i for i, part in enumerate(nx.connected_components(graph)) for op in part}
+    bodies: list[list[Op]] = [[] for _ in set(home.values())]
+    results: list[dict[str, Value]] = [{} for _ in bodies]
+    for op in func.block.ops[:-1]:
+        for body in bodies if op.name == "const" else [bodies[home[op]]]:
+            body.append(op)
+    for name, v in func.results.items():
+        assert v.op is not None
+        results[home[v.op]][name] = v
+    parts: dict[str, Func] = {}
+    for body, some in zip(bodies, results, strict=True):
+        end = Op("return", list(some.values()), {"names": tuple(some)})
+        parts |= dict.fromkeys(some, Func(func.name, Block([], [*body, end])))
+    return parts
+
+
+def _only(func: Func, names: Container[str]) -> Func:
+    """A copy of a function cut down to some of its results."""
     cut = Func(func.name, clone_block(func.block, {}))
-    kept = {n: v for n, v in cut.results.items() if n in set(names)}
+    kept = {n: v for n, v in cut.results.items() if n in names}
     ret = cut.block.ops[-1]
     ret.attrs, ret.inputs = {**ret.attrs, "names": tuple(kept)}, list(kept.values())
     sweep(cut)
     return cut
 
 
-def _dense(x: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
+def _checked(x: Tensor, key: str, shape: tuple[int, ...]) -> Tensor:
     if tuple(x.shape) != shape:
         raise InputError(f"weight {key!r}: expected shape {shape}, found {tuple(x.shape)}")
-    return x.detach().contiguous()
+    return x.detach()
 
 
 def random_weights(module: Module, seed: int = 0, scale: float = 1.0) -> dict[str, Tensor]:

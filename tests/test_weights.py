@@ -17,10 +17,10 @@ from torch import Tensor
 import cortexflow
 from cortexflow.checkpoints import save_lerobot
 from cortexflow.errors import CheckpointError, InputError
-from cortexflow.ir import PREPARE, Module, Type, function, ops, returns
+from cortexflow.ir import PREPARE, Module, Type, function, ops, returns, run
 from cortexflow.models import ModelConfig, Signature, create_model
 from cortexflow.passes import run_passes
-from cortexflow.weights import Weights, check_weights, prepare, random_weights
+from cortexflow.weights import Weights, check_weights, fingerprints, prepare, prepared, random_weights, stages_of
 from tests.models.cases import DATA, batches, distance
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +121,64 @@ def test_prepared_weights_have_the_declared_types(dtype: str) -> None:
         assert tuple(x.shape) == t.shape and x.is_contiguous() and not x.requires_grad
         assert str(x.dtype).endswith({"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(t.dtype, ""))
     assert PREPARE in lowered.funcs  # the module given is left as it was
+
+
+def test_a_weight_is_made_when_it_is_asked_for() -> None:
+    """With what shares an op with it; only its own tensors are read, and it is not kept."""
+    module, weights = graph(dtype="bf16")
+    lowered, _ = run_passes(module, lambda op: False)
+    reads: list[str] = []
+    ready = prepared(lowered, Weights(list(weights), lambda name: (reads.append(name), weights[name])[1]))
+    assert list(ready) == list(stages_of(lowered).weight_types()) and not reads
+    (down,) = (key for key in ready if "language_model.layers.0.mlp.down_proj" in key)
+    made = ready[down]
+    assert reads == [down.removesuffix("*")] and torch.equal(ready[down], made) and len(reads) == 2
+    tables = [key for key in ready if key.endswith("[step]")]
+    del reads[:]
+    assert len([ready[key] for key in tables]) > 5 and len(reads) == len(set(reads)), "one loop fills all tables"
+    with pytest.raises(KeyError):
+        ready["nothing"]
+
+
+def test_what_is_there_is_not_made() -> None:
+    module, weights = graph()
+    lowered, _ = run_passes(module, lambda op: False)
+    marks, counts = fingerprints(lowered), list[int]()
+    first, *others = (key for key in marks if key.endswith("[step]"))
+    known: dict[str, Tensor] = {}
+    ready = prepared(lowered, weights, there={marks[key] for key in others[1:]}, known=known, done=counts.append)
+    table = ready[first]
+    assert known.keys() == {marks[first], marks[others[0]]} and counts == [2]
+    assert ready[first] is table and prepared(lowered, {**weights}, known=known)[first] is table, "what is known stays"
+    assert torch.equal(ready[others[-1]], prepare(lowered, weights)[1][others[-1]]) and counts == [2, 1]
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_the_way_to_a_weight_changes_no_bit(stored: torch.dtype, dtype: str) -> None:
+    """Parts, views, and weights that are read in the dtype they are rounded to: as if run op by op in float32."""
+    module, weights = graph(dtype=dtype)
+    given = {name: (t.double() * (1 + 1e-9)).to(stored) for name, t in weights.items()}  # no float32 numbers
+    lowered, _ = run_passes(module, lambda op: False)
+    wanted = run(lowered.funcs[PREPARE], {}, {name: t.float() for name, t in given.items()})
+    _, ready = prepare(lowered, given)
+    assert len(wanted) > 50 and all(torch.equal(ready[key], wanted[key]) for key in wanted)
+
+
+def test_what_is_only_moved_is_not_copied() -> None:
+    module, weights = graph(dtype="bf16")
+    given = {name: t.bfloat16() for name, t in weights.items()}
+    lowered, _ = run_passes(module, lambda op: False)
+    ready = prepared(lowered, given)
+    moved = [key for key in ready if key.endswith("down_proj.weight*")]
+    assert moved
+    for key in moved:
+        assert ready[key].data_ptr() == given[key[:-1]].data_ptr() and torch.equal(ready[key], given[key[:-1]].t())
+    compiled = cortexflow.compile(
+        cortexflow.load_model(DATA / "pi05_tiny")[0], weights=given, dtype="bfloat16", progress=False
+    )
+    held = {t.untyped_storage().data_ptr() for t in compiled.executable.policy.buffers()}  # type: ignore[attr-defined]
+    assert held.isdisjoint(t.untyped_storage().data_ptr() for t in given.values()), "a policy's weights are its own"
 
 
 def test_weights_may_be_arrays_or_of_another_precision() -> None:

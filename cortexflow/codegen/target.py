@@ -38,8 +38,9 @@ class Target:
     """A name, the fused ops it can run as they are, and how it builds a module.
 
     `build(module, weights, device, **options)`: the module is legalised, has no `prepare`, and reads
-    exactly the weights given, which may be prepared only when the first of them is read; it must refuse,
-    with `TargetError`, what it cannot run. Keywords come only to a target that asks for them:
+    exactly the weights given. A weight is prepared when it is read, and not kept: read each once, and
+    only those that are needed; its axes may lie in memory in another order. It must refuse, with
+    `TargetError`, what it cannot run. Keywords come only to a target that asks for them:
 
     * `without` (if it has `switches`): the frozenset of those that are off.
     * `forms`: by weight key, a dictionary in which it finds what earlier builds made of an equal weight,

@@ -23,6 +23,8 @@ from cortexflow.ir.dtypes import TORCH_DTYPES
 Weights = Mapping[str, Tensor]
 Watch = Callable[[Op, list[Tensor]], None]
 _NAMES = {t: n for n, t in TORCH_DTYPES.items()}
+# Ops whose results do not depend on how their operands lie in memory. Others (sums, in which order?) get dense ones.
+_AS_THEY_LIE = frozenset({"add", "sub", "mul", "div", "cast", "transpose", "reshape", "slice", "concat"})
 
 
 def run_module(
@@ -74,6 +76,8 @@ def evaluate(op: Op, inputs: list[Tensor], floats: torch.dtype | None = None) ->
     """The result of one op without a body: its evaluation rule, or its decomposition's."""
     definition = OPS[op.name]
     attrs = dict(op.attrs)
+    if op.name not in _AS_THEY_LIE:
+        inputs = [x.contiguous() for x in inputs]
     if isinstance(attrs.get("dtype"), str):
         if op.name == "cast" and op.inputs[0].type.dtype == "f64" and attrs["dtype"] in FLOATS:
             inputs = [inputs[0].to(TORCH_DTYPES[attrs["dtype"]])]  # float64 is narrowed on purpose: flow times are
@@ -147,6 +151,7 @@ def _run_loop(
 ) -> list[Tensor]:
     assert op.body is not None
     carried = [env[v] for v in op.inputs]
+    env |= {v: env[v].contiguous() for v in uses(op.body) if v in env}  # once, not at every step
     for step in range(op.attrs["trips"]):
         inner = dict(env)
         inner.update(zip(op.body.args, [torch.tensor(step, dtype=torch.int32), *carried], strict=True))

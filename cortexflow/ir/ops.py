@@ -179,7 +179,7 @@ def reshape(x: Type, *, shape: tuple[int, ...]) -> Type:
     return out
 
 
-@op(evaluate=lambda x, perm: x.permute(perm).contiguous())
+@op(evaluate=lambda x, perm: x.permute(perm))
 def transpose(x: Type, *, perm: tuple[int, ...]) -> Type:
     """Axis i of the result is axis perm[i] of x."""
     require(sorted(perm) == list(range(len(x.shape))), f"{perm} does not permute the axes of {x}")
@@ -193,7 +193,15 @@ def broadcast_to(x: Type, *, shape: tuple[int, ...]) -> Type:
     return Type(x.dtype, shape)
 
 
-@op(evaluate=lambda *xs, axis: torch.cat(xs, dim=axis))
+def _concat(*xs: Tensor, axis: int) -> Tensor:
+    """With axes in the order in which those of the first operand lie: rows of memory are copied whole."""
+    strides = xs[0].stride()
+    order = sorted(range(len(strides)), key=lambda i: -strides[i])
+    joined = torch.cat([x.permute(order) for x in xs], order.index(axis % len(strides)))
+    return joined.permute([order.index(i) for i in range(len(strides))])
+
+
+@op(evaluate=_concat)
 def concat(*xs: Type, axis: int) -> Type:
     """The operands one after another along an axis."""
     require(len(xs) > 0, "takes at least one operand")

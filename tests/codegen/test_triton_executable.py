@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
 
 import pytest
 import torch
 
-from cortexflow.compiler import lower, switches
+from cortexflow.codegen import find_target
+from cortexflow.compiler import Shared, build_one, lower, switches
 from cortexflow.errors import InputError
-from cortexflow.ir import Module, Type, function, ops, returns, run_module
+from cortexflow.ir import Module, Type, function, ops, returns, run, run_module
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
-from cortexflow.weights import stages_of
+from cortexflow.weights import Weights, random_weights, stages_of
 
 pytest.importorskip("triton")
 
@@ -25,7 +27,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from cortexflow.codegen.triton.executable import Layout, TritonExecutable
-from cortexflow.codegen.triton.placement import ALIGNMENT, FORMS, Staging, allot, fill, host_weights
+from cortexflow.codegen.triton.placement import (
+    ALIGNMENT,
+    FORMS,
+    Forms,
+    Staging,
+    allot,
+    fill,
+    fill_new,
+    host_weights,
+    plain,
+)
 from cortexflow.kernels.triton.warmup import compiling
 
 CPU = torch.device("cpu")
@@ -94,8 +106,8 @@ def test_room_for_weights() -> None:
     forms: dict[str, dict[str, torch.Tensor]] = {k: {} for k in types}
     named, empty = allot(wanted, types, CPU, ("b",), forms)
     assert [(key, form) for key, form, _ in empty] == list(wanted)
-    for key, form, place in empty:
-        fill(place, form, values[key])
+    assert not any(forms.values()), "a place counts when it is filled: builds fail"
+    fill_new(empty, values, forms)
     assert torch.equal(named["w0r"], values["a"].t()) and named["w0r"].is_contiguous()
     assert torch.equal(named["w1"], values["b"])
     assert torch.equal(named["w2r"], values["c"].t()) and torch.equal(named["w3"], values["c"])
@@ -129,24 +141,139 @@ def interleaving(k: int) -> torch.Tensor:
     return (torch.arange(0, k, 32)[:, None] + places).flatten()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(32, 2), (64, 10), (1024, 48)], ids=str)
+# Shapes that a form allows: [k, n] with whole blocks of k, or two halves of n.
+SHAPES = {
+    "plain": [(3, 5), (1, 7), (64, 10)],
+    "rows": [(3, 5), (1, 7), (7, 1), (64, 10)],
+    "interleaved": [(32, 1), (32, 7), (96, 5), (1024, 48)],
+    "pairs": [(1, 2), (3, 6), (7, 10), (64, 10)],
+}
+
+
+@pytest.mark.parametrize(("form", "shape"), [(f, s) for f, shapes in SHAPES.items() for s in shapes], ids=str)
 def test_a_form_only_moves_entries(form: str, shape: tuple[int, int]) -> None:
-    """Every entry is where the kernels look for it, and the place was filled whole."""
+    """Every entry is where the kernels look for it, the place was filled whole, and the weight can be had back."""
     w = torch.arange(shape[0] * shape[1], dtype=torch.float32).view(shape)
     made = torch.full(shape[::-1] if FORMS[form][0] else shape, torch.nan)
     fill(made, form, w)
-    assert torch.equal(UNDO[form](made), w)
-    assert FORMS.keys() == UNDO.keys()
+    assert torch.equal(UNDO[form](made), w) and torch.equal(plain(form, made), w)
+    assert FORMS.keys() == UNDO.keys() == SHAPES.keys()
     again = torch.full_like(made, torch.nan)
     fill(again, form, w.t().contiguous().t())  # a weight whose rows are columns of what a checkpoint holds
     assert torch.equal(again, made)
 
 
+def test_each_form_follows_from_each() -> None:
+    w = torch.randn(96, 10).to(torch.bfloat16)
+    wanted = {("w", form): form for form in FORMS}
+    for first in FORMS:
+        forms: dict[str, dict[str, torch.Tensor]] = {"w": {}}
+        _, empty = allot({("w", first): "first"}, {"w": Type("bf16", (96, 10))}, CPU, (), forms)
+        fill_new(empty, {"w": w}, forms)
+        named, empty = allot(wanted, {"w": Type("bf16", (96, 10))}, CPU, ("w",), forms)
+        fill_new(empty, {}, forms)  # there is nothing to read
+        assert all(torch.equal(UNDO[form](named[form]), w) for form in FORMS)
+
+
+def test_what_was_not_filled_is_not_there() -> None:
+    """A build that fails half way leaves nothing unfilled to the next one."""
+    types = {"a": Type("f32", (2, 4)), "b": Type("f32", (3, 5))}
+    forms: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}}
+    wanted = {("a", "pairs"): "a", ("b", "rows"): "b"}
+    _, empty = allot(wanted, types, CPU, (), forms)
+    with pytest.raises(KeyError, match="b"):
+        fill_new(empty, {"a": torch.ones(2, 4)}, forms)
+    named, empty = allot(wanted, types, CPU, (), forms)
+    assert named["a"] is forms["a"]["pairs"] and [key for key, _, _ in empty] == ["b"]
+
+
+# ---- builds over what earlier ones placed ---------------------------------------------------------
+
+TINY = ModelConfig(
+    vision_encoder_dim=64,
+    vision_num_heads=2,
+    vision_num_layers=1,
+    vision_mlp_dim=128,
+    encoder_dim=128,
+    encoder_mlp_dim=256,
+    num_encoder_layers=2,
+    decoder_dim=128,
+    decoder_mlp_dim=256,
+    num_decoder_layers=2,
+    num_heads=4,
+    head_dim=64,
+    vocab_size=96,
+    image_size=28,
+    max_token_len=8,
+    num_views=1,
+    chunk_size=10,
+    num_diffusion_steps=2,
+)
+
+
+class Placed:
+    """Weights in the forms that the launch plan asks for; what is in them runs in the interpreter."""
+
+    def __init__(
+        self, module: Module, weights: Mapping[str, torch.Tensor], device: torch.device, *, forms: Forms, **_: object
+    ) -> None:
+        self.module, self.wanted = module, Layout(module).weights
+        self.named, empty = allot(self.wanted, module.weight_types(), device, (), forms)
+        self.new, self.asked = [(key, form) for key, form, _ in empty], list[str]()
+        fill_new(empty, Weights(list(weights), lambda key: (self.asked.append(key), weights[key])[1]), forms)
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return run_module(
+            self.module, inputs, {key: plain(form, self.named[name]) for (key, form), name in self.wanted.items()}
+        )
+
+
+def test_a_build_prepares_what_no_other_has_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch wants other forms: they come from those that are there. Actions are those of a build alone."""
+    model, target = create_model(TINY), replace(find_target("triton"), build=Placed)
+    tensors = random_weights(model.build(Signature.of(TINY), "f32"))
+    reads: list[str] = []
+    source = Weights(list(tensors), lambda key: (reads.append(key), tensors[key])[1])
+    ran: list[str] = []
+    counted = partial(run, watch=lambda op, results: ran.append(op.name))
+    monkeypatch.setattr("cortexflow.weights.run", counted)
+
+    def build(shared: Shared, **shape: int) -> Placed:
+        signature, options = Signature.of(TINY, **shape), {"dtype": "bf16", "tune": False, "progress": False}
+        made = build_one(model, signature, target, source, CPU, shared=shared, **options).executable
+        assert isinstance(made, Placed)
+        return made
+
+    shared = Shared()
+    first = build(shared)
+    whole = len(ran)
+    assert len(first.new) == len(first.wanted) == len(first.asked)
+    assert len(reads) == len(set(reads)), "a tensor is read twice"
+    assert not shared.known, "weights on a device need no copy on the host"
+    for shape, forms, keys in (({"prompt": 12}, 2, 2), ({"batch": 2}, 7, 1), ({"batch": 8}, 1, 1)):
+        reads.clear()
+        ran.clear()
+        other = build(shared, **shape)
+        assert (len(other.new), len(other.asked)) == (forms, keys)
+        assert not reads and 0 < len(ran) < whole / 20
+        found, wanted = (policy.run(given_to(policy.module)) for policy in (other, build(Shared(), **shape)))
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def given_to(module: Module) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(t.shape, generator=random)
+        if t.dtype == "f32"
+        else torch.ones(t.shape).to(TORCH_DTYPES[t.dtype])
+        for name, t in module.inputs.items()
+    }
+
+
 # ---- calls -----------------------------------------------------------------------------------------
 
 
-def plain() -> Module:
+def small_ops() -> Module:
     """Two stages of ops that PyTorch runs: a plan that a CPU can follow."""
     with function("first", x=Type("f32", (2, 3)), n=Type("i32", (2,))) as (first, [x, n]):
         h = ops.cumsum(ops.div(x, ops.weight(key="w", type=Type("f32", (2, 3)))), axis=1)
@@ -160,7 +287,7 @@ def plain() -> Module:
 @pytest.fixture
 def executable() -> tuple[TritonExecutable, dict[str, torch.Tensor]]:
     weights = {"w": torch.randn(2, 3), "table": torch.randn(3, 9)}
-    return TritonExecutable(plain(), weights, CPU, without=frozenset({"cuda_graph"})), weights
+    return TritonExecutable(small_ops(), weights, CPU, without=frozenset({"cuda_graph"})), weights
 
 
 def given() -> dict[str, torch.Tensor]:
@@ -171,7 +298,7 @@ def test_runs_its_plan(executable: tuple[TritonExecutable, dict[str, torch.Tenso
     policy, weights = executable
     for _ in range(3):
         inputs = given()
-        wanted = run_module(plain(), inputs, weights)
+        wanted = run_module(small_ops(), inputs, weights)
         found = policy.run(inputs)
         assert list(found) == ["y"]
         torch.testing.assert_close(found["y"], wanted["y"])

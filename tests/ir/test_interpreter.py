@@ -19,6 +19,26 @@ from tests.ir.programs import random_func, random_inputs, random_weights
 VECTOR = Type("f32", (4,))
 
 
+# ---- memory order ------------------------------------------------------------------------------------
+
+
+def test_a_transpose_is_a_view_and_results_do_not_show_it() -> None:
+    """Moves and entry-wise ops keep the order in which their operand lies; sums are made over dense operands."""
+    w, x, s = torch.randn(96, 40), torch.randn(1, 40), torch.randn(40, 1)
+    with function("f", w=Type("f32", (96, 40)), x=Type("f32", (1, 40)), s=Type("f32", (40, 1))) as (f, [w_, x_, s_]):
+        turned = ops.transpose(w_, perm=(1, 0))
+        scaled = ops.cast(ops.mul(turned, s_), dtype="bf16")
+        read = ops.transpose(w_, perm=(1, 0))  # by every step of a loop
+        (looped,) = ops.loop([x_], 2, lambda i, y: [ops.slice_(ops.matmul(y, read), axis=1, stop=40)])
+        returns(turned=turned, joined=ops.concat(scaled, scaled, axis=1), product=ops.matmul(x_, turned), looped=looped)
+    found = run(f, {"w": w, "x": x, "s": s}, {})
+    dense = w.t().contiguous()
+    assert found["turned"].data_ptr() == w.data_ptr() and found["joined"].t().is_contiguous()
+    assert torch.equal(found["joined"], torch.cat([(dense * s).bfloat16()] * 2, dim=1))
+    assert torch.equal(found["product"], x @ dense)
+    assert torch.equal(found["looped"], ((x @ dense)[:, :40] @ dense)[:, :40])
+
+
 # ---- precision ---------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from cortexflow.codegen.torch.save import save_policy
 from cortexflow.codegen.torch.source import emit_source, method_names
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Module
+from cortexflow.ir.dtypes import TORCH_DTYPES
 
 
 class TorchExecutable:
@@ -72,8 +73,9 @@ def build(
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TargetError("target 'torch' on device 'cuda': PyTorch finds no CUDA GPU here; use device='cpu'")
     if forms is not None:
-        for key in module.weight_types():
+        for key, t in module.weight_types().items():
             if not forms[key]:
-                forms[key]["there"] = weights[key].to(device)
+                there = torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype], device=device)
+                forms[key]["there"] = there.copy_(weights[key].to(device))
         weights = {key: forms[key]["there"] for key in module.weight_types()}
     return TorchExecutable(module, weights, device)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cortexflow.codegen.triton.claims import SCRATCH
-from cortexflow.codegen.triton.placement import Forms, Staging, allot, fill, host_weights
+from cortexflow.codegen.triton.placement import Forms, Staging, allot, fill_new, host_weights
 from cortexflow.codegen.triton.program import Program
 from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
@@ -102,7 +101,9 @@ class TritonExecutable:
             )
             for _ in range(self.layout.scratches)
         ]
-        named, empty = allot(self.layout.weights, module.weight_types(), device, self.layout.host, forms)
+        types = module.weight_types()
+        forms = forms if forms is not None else {key: {} for key in types}
+        named, empty = allot(self.layout.weights, types, device, self.layout.host, forms)
         self._policy = scope["Policy"](named, arena, *scratch)
         self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
         self._staging = Staging(module.inputs, device)
@@ -110,17 +111,11 @@ class TritonExecutable:
         made = {n: v for s in module.stages for n, v in s.results.items()}
         self._outputs = {n: self._at(made[n]) for n in module.outputs}
         self._reads = {names: self._places(names) for names in (self._all, *((n,) for n in self._all))}
-        self._fill(empty, weights, progress)
-
-    def _fill(self, empty: list[tuple[str, str, Tensor]], weights: Mapping[str, Tensor], progress: bool) -> None:
-        """Bring the weights to their places, one by one, while the kernels are compiled."""
         from cortexflow.kernels.triton.warmup import compiling
 
-        bar = tqdm(empty, desc="placing weights", unit="weight", delay=1.0, leave=False, disable=not progress)
-        with compiling(lambda: self._launch(self._all), progress):
-            for key, form, place in bar:
-                fill(place, form, weights[key])
-        if self._device.type == "cuda":
+        with compiling(lambda: self._launch(self._all), progress):  # in other threads, meanwhile
+            fill_new(empty, weights, forms)
+        if device.type == "cuda":
             torch.cuda.empty_cache()  # a matrix on its way to another form lay beside it
 
     def run_stage(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,22 +23,23 @@ ALIGNMENT = 256  # bytes
 Forms = Mapping[str, dict[str, Tensor]]  # by key and form: a weight, where it is placed already
 
 
-def _interleaved(made: Tensor, w: Tensor) -> None:
+def _interleaved(made: Tensor) -> Tensor:
     """Rows of columns, with k in the order in which `kernels/gluon/warpgroup.py` loads its other operand."""
-    k, n = w.shape
-    made.view(n, k // 32, 2, 2, 4, 2).copy_(w.view(k // 32, 4, 2, 2, 2, n).permute(5, 0, 2, 3, 1, 4))
+    n, k = made.shape
+    return made.view(n, k // 32, 2, 2, 4, 2).permute(1, 4, 2, 3, 5, 0)
 
 
-def _pairs(made: Tensor, w: Tensor) -> None:
+def _pairs(made: Tensor) -> Tensor:
     """The columns of both halves in turn: a gated unit's gate and up beside each other."""
-    k, n = w.shape
-    made.view(k, n // 2, 2).copy_(w.view(k, 2, n // 2).transpose(1, 2))
+    k, n = made.shape
+    return made.view(k, n // 2, 2).transpose(1, 2)
 
 
-# How a weight [k, n] may be stored: whether as [n, k], and what fills the place.
-FORMS: Mapping[str, tuple[bool, Callable[[Tensor, Tensor], object]]] = {
-    "plain": (False, lambda made, w: made.copy_(w)),
-    "rows": (True, lambda made, w: made.copy_(w.t())),
+# How a weight w [k, n] may be stored: whether as [n, k], and a view of the place that has the entries in w's order
+# (its axes may be split): what is written through it fills the place, what is read through it is w again.
+FORMS: Mapping[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
+    "plain": (False, lambda made: made),
+    "rows": (True, lambda made: made.t()),
     "interleaved": (True, _interleaved),
     "pairs": (False, _pairs),
 }
@@ -65,37 +66,54 @@ def allot(
     wanted: Mapping[tuple[str, str], str],
     types: Mapping[str, Type],
     device: torch.device,
-    host: Iterable[str] = (),
-    forms: Forms | None = None,
+    host: Iterable[str],
+    forms: Forms,
 ) -> tuple[dict[str, Tensor], list[tuple[str, str, Tensor]]]:
     """Room for weights: (tensors by the plan's name, (key, form, place) of those still empty).
 
     `wanted`: (key, form) → name. Those on the device share one allocation. What `forms` holds is taken from
-    there, what is new is put there.
+    there; `fill_new` puts there what is new.
     """
-    forms = forms if forms is not None else {k: {} for k in types}
-    new: dict[tuple[int, str], str] = {}  # by identity: weights that are made alike have one dictionary
+    same = {key: id(forms[key]) for key, _ in wanted}  # weights that are made alike have one dictionary
+    places = {(same[key], form): forms[key][form] for key, form in wanted if form in forms[key]}
+    new: dict[tuple[int, str], str] = {}
     for key, form in wanted:
-        if form not in forms[key]:
-            new.setdefault((id(forms[key]), form), key)
+        if (same[key], form) not in places:
+            new.setdefault((same[key], form), key)
     ends = list(accumulate(0 if k in host else -(-types[k].nbytes // ALIGNMENT) * ALIGNMENT for k in new.values()))
     room = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, device=device)
     empty = []
-    for ((_, form), key), begin in zip(new.items(), [0, *ends], strict=False):
-        t = types[key]
+    for (place, key), begin in zip(new.items(), [0, *ends], strict=False):
+        t, form = types[key], place[1]
         shape, dtype = t.shape[::-1] if FORMS[form][0] else t.shape, TORCH_DTYPES[t.dtype]
         if key in host:
             made = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
         else:
             made = room[begin : begin + t.nbytes].view(dtype).view(shape)
-        forms[key][form] = made
+        places[place] = made
         empty.append((key, form, made))
-    return {name: forms[key][form] for (key, form), name in wanted.items()}, empty
+    return {name: places[same[key], form] for (key, form), name in wanted.items()}, empty
+
+
+def fill_new(empty: Iterable[tuple[str, str, Tensor]], weights: Mapping[str, Tensor], forms: Forms) -> None:
+    """Fill what `allot` left empty: from another form of the weight where one is placed, or as `weights` gives it."""
+    for key, form, place in empty:
+        there = next(iter(forms[key].items()), None)
+        fill(place, form, weights[key] if there is None else plain(*there))
+        forms[key][form] = place  # not before it is filled: a build may fail, and the next one looks here
 
 
 def fill(place: Tensor, form: str, w: Tensor) -> None:
     """Bring a weight [k, n] to its place in a form."""
-    FORMS[form][1](place, w if form == "plain" else w.to(place.device))
+    entries = FORMS[form][1](place)
+    w = w.view(entries.shape)
+    # The host reorders slowly: what lies in another order crosses as it is.
+    entries.copy_(w if w.stride() == entries.stride() else w.to(place.device))
+
+
+def plain(form: str, made: Tensor) -> Tensor:
+    """A weight [k, n] from one of its forms, on the same device: a view where strides can say it, or a copy."""
+    return FORMS[form][1](made).reshape(made.shape[::-1] if FORMS[form][0] else made.shape)
 
 
 class Staging:
