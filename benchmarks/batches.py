@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def engine(most: int) -> VLAInferenceEngine:
     return VLAInferenceEngine(model, None, InferenceConfig(VIEWS, CHUNK, max_batch=most, discrete_state_input=False))
 
 
-def measure(policy: VLAInferenceEngine, sizes: Sequence[int], runs: int) -> list[dict[str, Any]]:
-    """A row for each number of episodes; the first is what the others are compared with."""
+def measure(policy: VLAInferenceEngine, sizes: Sequence[int], runs: int) -> Iterator[list[dict[str, Any]]]:
+    """A row for each number of episodes, all rows so far after each; the first is what others are compared with."""
     random, size = np.random.default_rng(0), policy.model_config.image_size
     pictures = random.integers(0, 256, (max(sizes), VIEWS, size, size, 3), dtype=np.uint8)
     prompts = [random.integers(3, 1000, int(n)) for n in random.integers(5, 48, max(sizes))]
@@ -55,11 +55,11 @@ def measure(policy: VLAInferenceEngine, sizes: Sequence[int], runs: int) -> list
                 "card GB": round(torch.cuda.memory_allocated() / 1e9, 2),
             }
         )
-    return rows
+        yield rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, save."""
+    """Measure, save as it goes, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--runs", type=int, default=30)
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         print("batches: needs an NVIDIA GPU, and PyTorch finds none here")
         return
-    rows = measure(engine(max(arguments.episodes)), arguments.episodes, arguments.runs)
+    for rows in measure(engine(max(arguments.episodes)), arguments.episodes, arguments.runs):
+        save("batches", rows, arguments.out, wanted=WANTED)
     print(markdown(rows))
-    save("batches", rows, arguments.out, wanted=WANTED)
 
 
 if __name__ == "__main__":

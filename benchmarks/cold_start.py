@@ -107,10 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = read(checkpoint)
         caches = Path(temporary) / "caches"
         options = {"device": arguments.device, "dtype": arguments.dtype}
-        first, second = (start(checkpoint, caches, arguments.target, **options) for _ in range(2))
-    more = {"checkpoint_bytes": size, "limit_s": LIMIT, "first": first, "second": second}
+        more = {"checkpoint_bytes": size, "limit_s": LIMIT}
+        first = start(checkpoint, caches, arguments.target, **options)
+        save("cold_start", [], arguments.out, **more, first=first)  # should the second not come to its end
+        second = start(checkpoint, caches, arguments.target, **options)
     rows = rows_of(first, second)
-    save("cold_start", rows, arguments.out, **more)
+    save("cold_start", rows, arguments.out, **more, first=first, second=second)
     print(markdown(rows))
     print(f"\n{'holds' if first['total'] < LIMIT else 'MISSED'}: {first['total']:.1f} s, less than {LIMIT:.0f} s")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +33,28 @@ def compare(ours: torch.Tensor, peer: torch.Tensor, logits: torch.Tensor) -> flo
     return None
 
 
-def measure(observations: int, prompt: int) -> dict[str, Any]:
-    """Both policies on every observation."""
+def measure(observations: range, prompt: int) -> Iterator[dict[str, Any]]:
+    """Both policies on these observations, each by its own seed: the result after every one."""
     config = ModelConfig.released(VLAModelType.OPENVLA)
     _, policy = build(config, Signature.of(config, prompt=prompt), "triton", "bf16")
     answer = openvla(config, drawn(create_model(config).get_weight_shapes()))
     gaps = []
-    for seed in tqdm(range(observations), unit="observation"):
+    for seed in tqdm(observations, unit="observation"):
         generator = torch.Generator("cuda").manual_seed(seed)
         pixels = torch.randn(1, 6, config.image_size, config.image_size, generator=generator, device="cuda")
         tokens = torch.randint(3, 31000, (1, prompt), generator=generator, device="cuda", dtype=torch.int32)
         given = {"pixel_values": pixels, "tokens": tokens, "token_mask": torch.ones_like(tokens, dtype=torch.bool)}
         found = answer(given)
         gaps.append(compare(policy.run(given)["token_ids"][0], found.token_ids, found.logits))
+        yield row_of(gaps)
+
+
+def row_of(gaps: Sequence[float | None]) -> dict[str, Any]:
+    """A line of the table for the observations so far."""
     apart = sorted(g for g in gaps if g is not None)
-    equal = 1 - len(apart) / observations
+    equal = 1 - len(apart) / len(gaps)
     return {
-        "observations": observations,
+        "observations": len(gaps),
         "equal": equal,
         "holds": equal >= LIMIT,
         "gaps where they differ": ", ".join(f"{g:.1f}" for g in apart),
@@ -57,18 +62,19 @@ def measure(observations: int, prompt: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, save."""
+    """Measure, save as it goes, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--observations", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first one; each has the next")
     parser.add_argument("--prompt", type=int, default=21, help="tokens of the prompt, the appended one included")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the result is written")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("token_agreement: needs an NVIDIA GPU, and PyTorch finds none here")
         return
-    row = measure(arguments.observations, arguments.prompt)
+    for row in measure(range(arguments.first, arguments.first + arguments.observations), arguments.prompt):
+        save("token_agreement", [row], arguments.out)
     print(markdown([row]))
-    save("token_agreement", [row], arguments.out)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_room_for_weights() -> None:
     wanted = {("a", "rows"): "w0r", ("b", "plain"): "w1", ("c", "rows"): "w2r", ("c", "plain"): "w3"}
     wanted |= {("c", "pairs"): "w4p", ("d", "interleaved"): "w5i"}
     forms: dict[str, dict[str, torch.Tensor]] = {k: {} for k in types}
-    named, empty = allot(wanted, types, CPU, ("b",), forms)
+    named, empty, work = allot(wanted, types, CPU, ("b",), forms, 1000)
     assert [(key, form) for key, form, _ in empty] == list(wanted)
     assert not any(forms.values()), "a place counts when it is filled: builds fail"
     fill_new(empty, values, forms)
@@ -114,12 +114,15 @@ def test_room_for_weights() -> None:
     assert torch.equal(named["w4p"], values["c"][:, [0, 2, 1, 3]]) and named["w5i"].shape == (6, 32)
     on_card = [named[n] for n in ("w0r", "w2r", "w3", "w4p", "w5i")]
     storages = {t.untyped_storage().data_ptr() for t in on_card}
+    work.fill_(255)
+    assert torch.equal(named["w3"], values["c"]), "bytes for other use are apart"
+    assert len(work) == 1000 and storages == {work.untyped_storage().data_ptr()}
     assert len(storages) == 1 and named["w1"].untyped_storage().data_ptr() not in storages
     assert all(t.storage_offset() * t.itemsize % ALIGNMENT == 0 for t in named.values())
-    again, left = allot({("a", "rows"): "x", ("b", "rows"): "y"}, types | {"b": Type("f32", (7, 1))}, CPU, (), forms)
+    again, left, _ = allot({("a", "rows"): "x", ("b", "rows"): "y"}, types | {"b": Type("f32", (7, 1))}, CPU, (), forms)
     assert again["x"] is named["w0r"] and [(key, form) for key, form, _ in left] == [("b", "rows")]
     alike: dict[str, torch.Tensor] = {}  # two weights that are made alike
-    both, left = allot(
+    both, left, _ = allot(
         {("a", "plain"): "x", ("d", "plain"): "y"}, types | {"d": types["a"]}, CPU, (), {"a": alike, "d": alike}
     )
     assert both["x"] is both["y"] and len(left) == 1
@@ -168,9 +171,9 @@ def test_each_form_follows_from_each() -> None:
     wanted = {("w", form): form for form in FORMS}
     for first in FORMS:
         forms: dict[str, dict[str, torch.Tensor]] = {"w": {}}
-        _, empty = allot({("w", first): "first"}, {"w": Type("bf16", (96, 10))}, CPU, (), forms)
+        _, empty, _ = allot({("w", first): "first"}, {"w": Type("bf16", (96, 10))}, CPU, (), forms)
         fill_new(empty, {"w": w}, forms)
-        named, empty = allot(wanted, {"w": Type("bf16", (96, 10))}, CPU, ("w",), forms)
+        named, empty, _ = allot(wanted, {"w": Type("bf16", (96, 10))}, CPU, ("w",), forms)
         fill_new(empty, {}, forms)  # there is nothing to read
         assert all(torch.equal(UNDO[form](named[form]), w) for form in FORMS)
 
@@ -180,10 +183,10 @@ def test_what_was_not_filled_is_not_there() -> None:
     types = {"a": Type("f32", (2, 4)), "b": Type("f32", (3, 5))}
     forms: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}}
     wanted = {("a", "pairs"): "a", ("b", "rows"): "b"}
-    _, empty = allot(wanted, types, CPU, (), forms)
+    _, empty, _ = allot(wanted, types, CPU, (), forms)
     with pytest.raises(KeyError, match="b"):
         fill_new(empty, {"a": torch.ones(2, 4)}, forms)
-    named, empty = allot(wanted, types, CPU, (), forms)
+    named, empty, _ = allot(wanted, types, CPU, (), forms)
     assert named["a"] is forms["a"]["pairs"] and [key for key, _, _ in empty] == ["b"]
 
 
@@ -218,7 +221,7 @@ class Placed:
         self, module: Module, weights: Mapping[str, torch.Tensor], device: torch.device, *, forms: Forms, **_: object
     ) -> None:
         self.module, self.wanted = module, Layout(module).weights
-        self.named, empty = allot(self.wanted, module.weight_types(), device, (), forms)
+        self.named, empty, _ = allot(self.wanted, module.weight_types(), device, (), forms)
         self.new, self.asked = [(key, form) for key, form, _ in empty], list[str]()
         fill_new(empty, Weights(list(weights), lambda key: (self.asked.append(key), weights[key])[1]), forms)
 

@@ -91,19 +91,12 @@ class TritonExecutable:
         self.module, self.layout, self._device, self._without = module, Layout(module, without, tune), device, without
         scope: dict[str, Any] = {"__name__": "cortexflow_generated"}
         exec(compile(self.layout.text, "<cortexflow triton>", "exec"), scope)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # or the arena takes a corner of a large block that nobody else needs any more
-        arena = torch.empty(self.layout.bytes["arena"], dtype=torch.uint8, device=device)
-        scratch = [
-            (
-                torch.empty(SCRATCH, dtype=torch.float32, device=device),
-                torch.zeros(COUNTERS, dtype=torch.int32, device=device),
-            )
-            for _ in range(self.layout.scratches)
-        ]
-        types = module.weight_types()
+        types, size = module.weight_types(), self.layout.bytes
         forms = forms if forms is not None else {key: {} for key in types}
-        named, empty = allot(self.layout.weights, types, device, self.layout.host, forms)
+        besides = size["scratch"] + size["arena"]
+        named, empty, work = allot(self.layout.weights, types, device, self.layout.host, forms, besides)
+        *scratches, arena = work.split([4 * (SCRATCH + COUNTERS)] * self.layout.scratches + [size["arena"]])
+        scratch = [(s.view(torch.float32)[:SCRATCH], s.view(torch.int32)[SCRATCH:].zero_()) for s in scratches]
         self._policy = scope["Policy"](named, arena, *scratch)
         self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
         self._staging = Staging(module.inputs, device)

@@ -68,11 +68,13 @@ def allot(
     device: torch.device,
     host: Iterable[str],
     forms: Forms,
-) -> tuple[dict[str, Tensor], list[tuple[str, str, Tensor]]]:
-    """Room for weights: (tensors by the plan's name, (key, form, place) of those still empty).
+    besides: int = 0,
+) -> tuple[dict[str, Tensor], list[tuple[str, str, Tensor]], Tensor]:
+    """Room for weights: (tensors by the plan's name, (key, form, place) of those still empty, bytes for other use).
 
-    `wanted`: (key, form) → name. Those on the device share one allocation. What `forms` holds is taken from
-    there; `fill_new` puts there what is new.
+    `wanted`: (key, form) → name. What `forms` holds is taken from there; `fill_new` puts there what is new. Those on
+    the device share one allocation, and so do as many bytes as `besides` says: on its own something small may get a
+    corner of a large block, which the allocator then cannot give back.
     """
     same = {key: id(forms[key]) for key, _ in wanted}  # weights that are made alike have one dictionary
     places = {(same[key], form): forms[key][form] for key, form in wanted if form in forms[key]}
@@ -80,10 +82,11 @@ def allot(
     for key, form in wanted:
         if (same[key], form) not in places:
             new.setdefault((same[key], form), key)
-    ends = list(accumulate(0 if k in host else -(-types[k].nbytes // ALIGNMENT) * ALIGNMENT for k in new.values()))
-    room = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, device=device)
+    sizes = [besides, *(0 if k in host else types[k].nbytes for k in new.values())]
+    begins = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+    room = torch.empty(begins[-1], dtype=torch.uint8, device=device)
     empty = []
-    for (place, key), begin in zip(new.items(), [0, *ends], strict=False):
+    for (place, key), begin in zip(new.items(), begins[1:], strict=False):
         t, form = types[key], place[1]
         shape, dtype = t.shape[::-1] if FORMS[form][0] else t.shape, TORCH_DTYPES[t.dtype]
         if key in host:
@@ -92,7 +95,7 @@ def allot(
             made = room[begin : begin + t.nbytes].view(dtype).view(shape)
         places[place] = made
         empty.append((key, form, made))
-    return {name: places[same[key], form] for (key, form), name in wanted.items()}, empty
+    return {name: places[same[key], form] for (key, form), name in wanted.items()}, empty, room[:besides]
 
 
 def fill_new(empty: Iterable[tuple[str, str, Tensor]], weights: Mapping[str, Tensor], forms: Forms) -> None:
