@@ -300,7 +300,8 @@ class VLAInferenceEngine:
         inputs = {}
         for name, one in filled[0].items():
             rows = [e[name].to(one.device) for e in filled]
-            inputs[name] = torch.cat([_padded(x, slots) for x in rows] if name in ("tokens", "token_mask") else rows)
+            rows = [_padded(x, slots) for x in rows] if name in ("tokens", "token_mask") else rows
+            inputs[name] = torch.cat(rows) if len(rows) > 1 else rows[0]
         return self._run(inputs)[:count]
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Actions:
