@@ -144,6 +144,7 @@ def test_pixels_come_in_many_forms(engine: VLAInferenceEngine) -> None:
         unit.astype(np.longdouble),
         pixels[:, ::-1].copy()[:, ::-1],
         [torch.from_numpy(p) for p in unit],
+        torch.from_numpy(unit).movedim(-1, 1).contiguous().movedim(1, -1),  # channels first in memory
     ]
     expected = engine.predict(pixels, PROMPTS[0], np.arange(5))
     for form in forms:
