@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from cortexflow.errors import TargetError
 from cortexflow.ir import Module, Type, Value, function, fused, ops, returns, run_module
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
-from cortexflow.passes.plan_buffers import plan_buffers
+from cortexflow.passes.plan_buffers import Plan, plan_buffers
 from cortexflow.weights import random_weights
 from tests.kernels.test_triton_pointwise import by_torch
 from tests.models.cases import Batch, batches, case_folders, distance
@@ -35,10 +36,19 @@ def plan_text(
     config: ModelConfig, dtype: str = "bf16", without: tuple[str, ...] = (), capability: int = 90, **signature: int
 ) -> tuple[str, int]:
     """The launch plan and the bytes of its arena."""
-    module, _ = lower(create_model(config), Signature.of(config, **signature), dtype, target="triton", without=without)
-    stages = Module({f.name: f for f in module.stages}, {}, module.meta)
-    plan = plan_buffers(stages)
+    stages, plan = planned(config, dtype, without, tuple(signature.items()))
     return Program(stages, plan, frozenset(without), capability=capability).text(), plan.peak
+
+
+@cache
+def planned(
+    config: ModelConfig, dtype: str, without: tuple[str, ...], signature: tuple[tuple[str, int], ...]
+) -> tuple[Module, Plan]:
+    """The stages and their buffers; several tests look at the same."""
+    chosen = Signature.of(config, **dict(signature))
+    module, _ = lower(create_model(config), chosen, dtype, target="triton", without=without)
+    stages = Module({f.name: f for f in module.stages}, {}, module.meta)
+    return stages, plan_buffers(stages)
 
 
 def launches(text: str, stage: str, scope: str) -> list[str]:
