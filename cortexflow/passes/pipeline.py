@@ -7,10 +7,12 @@ result moved.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,6 +98,19 @@ class Step:
         return sum(self.fired.values()) if isinstance(self.fired, Counter) else self.fired
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's collector of cycles rests: a graph is full of them, all alive; to look takes as long."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_uncollected()
 def run_passes(
     module: Module,
     claims: Callable[[Op], bool] | None = None,

@@ -55,18 +55,24 @@ class _Sweep:
         op.inputs = [self.current(v) for v in op.inputs]
         if op.body:
             self.block(op.body)
-        for rule in self.rules:
-            with noted(op.note), building(Block()) as emitted:
-                result = rule(op)
-            if result is None:
-                continue
-            self.fired += 1
-            results = [result] if isinstance(result, Value) else list(result)
-            for inner in emitted.ops:
-                self.visit(inner, done, depth + 1)
-            self.replace(op, results)
+        result, emitted = self.applied(op)
+        if result is None:
+            done.append(op)
             return
-        done.append(op)
+        self.fired += 1
+        for inner in emitted:
+            self.visit(inner, done, depth + 1)
+        self.replace(op, [result] if isinstance(result, Value) else list(result))
+
+    def applied(self, op: Op) -> tuple[Value | Sequence[Value] | None, list[Op]]:
+        """What the first rule gives that applies, and the ops that it emitted."""
+        with noted(op.note), building(Block()) as emitted:
+            for rule in self.rules:
+                result = rule(op)
+                if result is not None:
+                    return result, emitted.ops
+                emitted.ops.clear()  # of a rule that began and found that it does not apply
+        return None, []
 
     def replace(self, op: Op, results: list[Value]) -> None:
         """Read `results` wherever the op's results are read, and pass on their names."""
