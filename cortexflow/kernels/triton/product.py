@@ -333,13 +333,18 @@ FEW_PAIRS = (
 _SPLITS = (1, 2, 3, 4, 5, 6, 8)
 
 
+def _cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own is made for kernels, and slow where it is called a hundred thousand times."""
+    return -(-a // b)
+
+
 def _clocks(c: Config, m: int, n: int, k: int, pairs: bool) -> float:
     """A rough count of clocks on an H100 (132 multiprocessors), to rank configurations before they are measured."""
     tall, wide = c.rows + c.more, c.columns * (2 if pairs else 1)
-    units = triton.cdiv(m, tall) * triton.cdiv(n, c.columns) * c.split
-    depth = triton.cdiv(triton.cdiv(k, c.depth), c.split) * c.depth
+    units = _cdiv(m, tall) * _cdiv(n, c.columns) * c.split
+    depth = _cdiv(_cdiv(k, c.depth), c.split) * c.depth
     products, fetches = tall * wide * depth / 2048 / 0.85, (tall + wide) * depth * 2 / 40
-    turns = triton.cdiv(units, 132)
+    turns = _cdiv(units, 132)
     overhead = 3500 * (1 if c.warps == 4 else turns)
     parts = 3000 + c.split * m * n * 8 / (132 * 30) if c.split > 1 else 0.0
     return turns * max(products, fetches) + overhead + parts
@@ -349,7 +354,7 @@ def candidates(m: int, n: int, k: int, pairs: bool = False, count: int = 8) -> l
     """Configurations worth measuring on Hopper, for 16-bit operands; the likeliest first."""
     if m <= FEW_ROWS:
         tiles = FEW_PAIRS if pairs else FEW
-        spread = {c: 1 if pairs else min(8, triton.cdiv(128, triton.cdiv(n, c.columns))) for c in tiles}
+        spread = {c: 1 if pairs else min(8, _cdiv(128, _cdiv(n, c.columns))) for c in tiles}
         return list(dict.fromkeys(c._replace(split=s) for c in tiles for s in (1, spread[c])))[:count]
     tiles = PAIRS if pairs else PLAIN
     splits = (1,) if pairs else [s for s in _SPLITS if s == 1 or k >= 256 * s]
