@@ -23,7 +23,6 @@ PARTS = {
     "load_model": "open the checkpoint",
     "lower": "passes",
     "prepared": "prepare weights",  # plans it; `watch` adds the runs
-    "plan_buffers": "plan",
 }
 BESIDE = "{}, in other threads"
 
@@ -82,7 +81,10 @@ def watch(spans: Seconds) -> None:
     reading = timed(spans, inner, "read and check tensors", Checkpoint.load_checked)
     Checkpoint.load_checked = reading  # type: ignore[method-assign]
     find = names["find_target"]
-    names["find_target"] = lambda name: replace(find(name), build=timed(spans, inner, "build", find(name).build))
+    parts = ("build", "plan")
+    names["find_target"] = lambda name: replace(
+        find(name), **{part: timed(spans, inner, part, getattr(find(name), part)) for part in parts}
+    )
 
     def heard(*, times: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:

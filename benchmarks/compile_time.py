@@ -18,13 +18,14 @@ CASES = [
     (VLAModelType.PI05, Signature(views=2, prompt=200, chunk=10)),
     (VLAModelType.PI05, Signature(views=3, prompt=200, chunk=50)),
     (VLAModelType.PI0, Signature(views=2, prompt=48, chunk=50)),
+    (VLAModelType.OPENVLA, Signature(views=1, prompt=21, chunk=1, steps=1)),
 ]
 REPEATS = 5
 
 
 def measure(kind: VLAModelType, signature: Signature) -> dict[str, Any]:
     """Median seconds of building, of the passes and of planning, and the plan's figures."""
-    model = create_model(ModelConfig(model_type=kind))
+    model = create_model(ModelConfig.released(kind))
     seconds: dict[str, list[float]] = {"build s": [], "passes s": [], "plan s": []}
     for _ in range(REPEATS):
         start = time.perf_counter()

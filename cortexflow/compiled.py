@@ -18,7 +18,7 @@ from cortexflow.inputs import check_inputs
 from cortexflow.ir import Module, Type, dump
 from cortexflow.ir.cost import cost_report
 from cortexflow.passes import Step, report
-from cortexflow.passes.plan_buffers import Plan
+from cortexflow.passes.plan import Plan
 
 
 class Compiled:

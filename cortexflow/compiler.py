@@ -20,9 +20,7 @@ from cortexflow.ir import Module, clone, verify
 from cortexflow.models import ModelConfig, Signature, VLAModel, create_model
 from cortexflow.passes import Step, run_passes
 from cortexflow.passes.expose import expose as expose_named
-from cortexflow.passes.lanes import find_lanes
 from cortexflow.passes.pipeline import SWITCHES, Pass, pipeline, switched
-from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import Weights, fingerprints, prepared, stages_of
 
 DTYPES = {
@@ -169,8 +167,7 @@ def build_one(
     shared.sizes |= {(key, marks[key]): t.nbytes for key, t in stages.weight_types().items()}
     vocabulary = None if isinstance(graph, Module) else graph.config.vocab_size
     size = sum(shared.sizes.values())
-    lanes = find_lanes(stages) if "lanes" in target.switches.keys() - without else ()
-    plan = plan_buffers(stages, lanes=lanes)
+    plan = target.plan(stages, without)
     return Compiled(executable, stages, steps, plan, size, vocabulary, target.name)
 
 

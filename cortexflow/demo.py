@@ -25,7 +25,7 @@ from tqdm import tqdm
 import cortexflow
 from cortexflow.checkpoints import Checkpoint, open_checkpoint, save_lerobot
 from cortexflow.cli import guarded
-from cortexflow.cli.arguments import PROMPT, add_frontend, numbers
+from cortexflow.cli.arguments import PROMPT, add_frontend, frontend_of, numbers
 from cortexflow.cli.run import observed
 from cortexflow.cli.text import FAMILIES, FORMATS, action_table, heading, pairs, size_text, table
 from cortexflow.ir import Module
@@ -33,7 +33,6 @@ from cortexflow.ir import run as run_func
 from cortexflow.ir.interpreter import count_runs
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.observation import (
-    load_frontend,
     model_inputs,
     network_actions,
     network_answer,
@@ -128,14 +127,7 @@ def _demo(args: argparse.Namespace) -> int:
     module = create_model(checkpoint.config).build(signature)
     _section("Checkpoint", _checkpoint(checkpoint, home))
 
-    frontend = load_frontend(
-        checkpoint,
-        signature,
-        processing=args.processing,
-        tokenizer=args.tokenizer,
-        stats=args.stats,
-        asset_id=args.asset,
-    )
+    frontend = frontend_of(args, checkpoint, signature)
     given = numbers(args.state)
     state = np.asarray(given or (STATE if args.checkpoint is None else typical_state(frontend)))
     # Pictures for the cameras there are: a third one is absent, which the policy knows how to handle.

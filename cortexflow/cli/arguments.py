@@ -12,6 +12,7 @@ from cortexflow.codegen import TARGETS
 from cortexflow.compiled import Compiled
 from cortexflow.errors import InputError
 from cortexflow.models import Signature
+from cortexflow.observation import Frontend, load_frontend
 
 PROMPT = "pick up the red cube and put it on the plate"
 
@@ -102,6 +103,18 @@ def signature_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Signature:
 def opened(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint named."""
     return open_checkpoint(args.checkpoint, allow_pickle=args.allow_pickle)
+
+
+def frontend_of(args: argparse.Namespace, checkpoint: Checkpoint, signature: Signature) -> Frontend:
+    """The robot's side of the checkpoint, with what the arguments put in place of its own."""
+    return load_frontend(
+        checkpoint,
+        signature,
+        processing=args.processing,
+        tokenizer=args.tokenizer,
+        stats=args.stats,
+        asset_id=args.asset,
+    )
 
 
 def compiled(args: argparse.Namespace, checkpoint: Checkpoint, signature: Signature) -> Compiled:

@@ -21,7 +21,6 @@ from cortexflow.compiler import lower
 from cortexflow.errors import CheckpointError, CortexFlowError
 from cortexflow.models import Signature, VLAModel, create_model
 from cortexflow.observation import directory, family_of
-from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.processing import PROCESSINGS, load_stats, stats_file, suits
 from cortexflow.processing.stats_lerobot import PREPROCESSOR
 from cortexflow.processing.tokenizer import FILE_NAMES
@@ -240,7 +239,7 @@ def _planned(model: VLAModel, signature: Signature, name: str, dtype: str) -> di
     except CortexFlowError:
         return None
     stages = stages_of(lower(model, signature, dtype, target)[0])
-    weights, arena = sum(t.nbytes for t in stages.weight_types().values()), plan_buffers(stages).peak
+    weights, arena = sum(t.nbytes for t in stages.weight_types().values()), target.plan(stages, frozenset()).peak
     return {"weights": weights, "arena": arena, "total": weights + arena}
 
 

@@ -15,6 +15,7 @@ from cortexflow.cli.arguments import PROMPT, opened
 from cortexflow.cli.text import FAMILIES, FORMATS, heading, pairs, size_text, table
 from cortexflow.errors import CheckpointError, CortexFlowError
 from cortexflow.ir import Module, clone
+from cortexflow.ir.core import SOURCES
 from cortexflow.ir.cost import func_cost
 from cortexflow.models import Signature, VLAModelType, create_model
 from cortexflow.observation import camera_names, directory, find_processing, reads_state, several_statistics
@@ -92,7 +93,7 @@ def _stages(module: Module, checkpoint: Checkpoint) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": stage.name,
-                "ops": sum(1 for op in block.walk() if op.name not in ("weight", "const")),
+                "ops": sum(1 for op in block.walk() if op.name not in SOURCES),
                 "parameters": sum(t.numel for t in stored),
                 "bytes": sum(t.nbytes for t in stored),
                 "flops": func_cost(live.funcs[stage.name]).flops,

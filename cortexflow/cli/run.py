@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cortexflow.cli.arguments import compiled, images, numbers, opened, say, signature_of
+from cortexflow.cli.arguments import compiled, frontend_of, images, numbers, opened, say, signature_of
 from cortexflow.cli.text import action_table, heading, pairs, table
 from cortexflow.models import create_model
-from cortexflow.observation import Frontend, find_camera, load_frontend, model_inputs, network_answer, robot_actions
+from cortexflow.observation import Frontend, find_camera, model_inputs, network_answer, robot_actions
 from cortexflow.processing.arrays import to_numpy
 from cortexflow.processing.images import METHODS
 
@@ -25,14 +25,7 @@ def execute(args: argparse.Namespace) -> int:
     pictures, state = images(args.image), numbers(args.state)
     checkpoint = opened(args)
     signature = signature_of(args, checkpoint)
-    frontend = load_frontend(
-        checkpoint,
-        signature,
-        processing=args.processing,
-        tokenizer=args.tokenizer,
-        stats=args.stats,
-        asset_id=args.asset,
-    )
+    frontend = frontend_of(args, checkpoint, signature)
     types = create_model(checkpoint.config).build(signature).inputs
     inputs = model_inputs(frontend, types, images=pictures, prompt=args.prompt, state=state, seed=args.seed)
     policy = compiled(args, checkpoint, signature)

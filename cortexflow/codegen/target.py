@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cortexflow.errors import TargetError
 from cortexflow.ir import Module, Op
+from cortexflow.passes.plan import Plan
+from cortexflow.passes.plan_buffers import plan_buffers
 
 
 class Executable(Protocol):
@@ -57,6 +59,7 @@ class Target:
     wants: frozenset[str] = frozenset()  # passes that run for a target that asks for them: `pipeline.ON_REQUEST`
     switches: Mapping[str, str] = field(default_factory=dict)  # optimisations that can be off, a line on each
     needs: frozenset[str] = frozenset()  # passes that it cannot do without: they cannot be off
+    plan: Callable[[Module, frozenset[str]], Plan] = lambda module, without: plan_buffers(module)  # as it will run
     options: frozenset[str] = frozenset()  # of `forms`, `tune`, `progress`, those that `build` takes
 
     def runs(self, op: Op, without: frozenset[str] = frozenset()) -> bool:

@@ -114,6 +114,7 @@ class Func:
         return dict(zip(ret.attrs["names"], ret.inputs, strict=True))
 
 
+SOURCES = ("weight", "const")  # ops whose results are there before a function runs
 PREPARE = "prepare"  # the function that runs once, when weights are loaded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from cortexflow.ir.builder import OPS, Cost
-from cortexflow.ir.core import Block, Func, Module
+from cortexflow.ir.core import SOURCES, Block, Func, Module
 
 
 def block_cost(block: Block) -> Cost:
@@ -31,7 +31,7 @@ def cost_report(module: Module) -> str:
         work: Counter[str] = Counter()
         _tally(func.block, 1, work)
         top = ", ".join(f"{name} {flops / max(cost.flops, 1):.0%}" for name, flops in work.most_common(3))
-        count = sum(1 for op in func.block.walk() if op.name not in ("weight", "const"))
+        count = sum(1 for op in func.block.walk() if op.name not in SOURCES)
         moved = (cost.read + cost.written) / 1e6
         lines.append(
             f"{func.name:<22}{count:>7}{cost.flops / 1e9:>10.3f}{weight_bytes(func) / 1e6:>12.1f}{moved:>11.1f}  {top}"

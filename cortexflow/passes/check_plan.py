@@ -1,6 +1,6 @@
 """Is a buffer plan safe? The module runs on names in place of numbers, in an arena that remembers who wrote what.
 
-Every read of bytes that something else has overwritten since is an error, and so is a byte that a lane and the ops
+Every read of bytes that something else has overwritten since is an error, and so is a byte that a branch and the ops
 beside it have both touched, unless all only read it. The simulation shares only tables and the plan itself with the
 planner, so that a mistake there shows here.
 """
@@ -14,9 +14,10 @@ import torch
 
 from cortexflow.errors import VerifyError
 from cortexflow.ir.builder import OPS
-from cortexflow.ir.core import DTYPE_BYTES, Block, Module, Op, Value
-from cortexflow.passes.lanes import Lane
-from cortexflow.passes.plan_buffers import ALIGNMENT, IN_PLACE, SOURCES, Copy, Plan, described
+from cortexflow.ir.core import DTYPE_BYTES, SOURCES, Block, Module, Op, Value
+from cortexflow.passes.branches import Branch
+from cortexflow.passes.plan import ALIGNMENT, Copy, Plan, described
+from cortexflow.passes.plan_buffers import IN_PLACE
 
 
 def check_plan(module: Module, plan: Plan, in_place: Mapping[str, tuple[int, ...]] = IN_PLACE) -> None:
@@ -55,8 +56,8 @@ class _Simulation:
             raise VerifyError(f"plan: values lie in {edges[0]}..{edges[-1]}, outside an arena of {plan.peak} bytes")
         self.index = {e: i for i, e in enumerate(edges)}
         self.held = np.zeros(len(edges), np.int64)  # the content between one edge and the next
-        self.lane_of = {op: lane for lane in plan.lanes for op in lane.ops}
-        self.lane: Lane | None = None  # the one that has begun, and may still be running
+        self.branch_of = {op: branch for branch in plan.branches for op in branch.ops}
+        self.branch: Branch | None = None  # the one that has begun, and may still be running
         self.within = False  # whether the op at hand is one of it
         self.touched = {"read": np.zeros(len(edges), bool), "written": np.zeros(len(edges), bool)}  # by its ops
 
@@ -76,21 +77,21 @@ class _Simulation:
         return self.held[self.index[lo] : self.index[hi]] if hi else self.held[:0]
 
     def touch(self, v: Value, how: str) -> None:
-        """Note what a lane's op reads or writes; any other op must stay away from it until the join."""
+        """Note what a branch's op reads or writes; any other op must stay away from it until the join."""
         lo, hi = self.span(v)
         here = slice(self.index[lo], self.index[hi]) if hi else slice(0)
         if self.within:
             self.touched[how][here] = True
-        elif self.lane and any(t[here].any() for k, t in self.touched.items() if "written" in (how, k)):
-            raise VerifyError(f"plan: {described(v)} is {how} beside a lane that has its bytes, before they meet")
+        elif self.branch and any(t[here].any() for k, t in self.touched.items() if "written" in (how, k)):
+            raise VerifyError(f"plan: {described(v)} is {how} beside a branch that has its bytes, before they meet")
 
     def begin(self, op: Op) -> None:
-        """Note at which op the simulation is: in a lane, beside one, or where it ends."""
-        lane, self.within = self.lane_of.get(op), op in self.lane_of
-        if self.lane and op is self.lane.join:
-            self.lane = None
-        elif lane is not self.lane and lane:
-            self.lane = lane
+        """Note at which op the simulation is: in a branch, beside one, or where it ends."""
+        branch, self.within = self.branch_of.get(op), op in self.branch_of
+        if self.branch and op is self.branch.join:
+            self.branch = None
+        elif branch is not self.branch and branch:
+            self.branch = branch
             for touched in self.touched.values():
                 touched[:] = False
 

@@ -11,12 +11,10 @@ import re
 from collections.abc import Iterable
 
 from cortexflow.ir.builder import adopt, building, emit, noted
-from cortexflow.ir.core import PREPARE, Block, Func, Module, Op, Type, Value, clone_op
+from cortexflow.ir.core import PREPARE, SOURCES, Block, Func, Module, Op, Type, Value, clone_op
 from cortexflow.ir.ops import broadcast_to, cache_update, const, gather, loop, reshape, weight
 from cortexflow.passes.dce import sweep
 from cortexflow.passes.dependence import Dependence, Level
-
-_CHEAP = ("weight", "const")  # as good as a prepared weight
 
 
 def hoist(module: Module) -> int:
@@ -61,7 +59,7 @@ class _Prepare:
         for op in block.ops:
             if not op.outputs or max(map(level, op.outputs)) > Level.STATIC:
                 for i, v in enumerate(op.inputs):
-                    if v.op is not None and v.op.name not in _CHEAP and level(v) == Level.STATIC:
+                    if v.op is not None and v.op.name not in SOURCES and level(v) == Level.STATIC:
                         if v not in made:
                             made[v] = self.weight_for(v, done)
                         op.inputs[i] = made[v]

@@ -5,11 +5,11 @@ The stages run one after another, so they are planned as one sequence of positio
 1. *Contents.* What an op writes is a content, live from that op to its last reader. Views (`reshape`,
    `slice`, `broadcast_to`) are other readings of a content. They write after all where strides cannot
    express a reshape, and where a stage returns a part: it would keep the whole alive for later stages.
-   What a loop body reads from outside is live until the loop ends, what a lane reads until its join.
+   What a loop body reads from outside is live until the loop ends, what a branch reads until its join.
 2. *Buffers.* A content takes over the bytes of an operand that dies at its op, where the op may work
    in place (`IN_PLACE`). A loop's carry is one buffer for initial value, argument and result; what
    the body yields is put there directly, if nothing needs the old bytes any more, else copied.
-3. *Offsets.* `offsets.py` places the buffers' intervals in the arena; those within a lane in a part of it that
+3. *Offsets.* `offsets.py` places the buffers' intervals in the arena; those within a branch in a part of it that
    nobody else has meanwhile.
 4. *Proof.* No arena is smaller than the live bytes at any one position: `Plan.lower_bound`.
 
@@ -20,19 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cortexflow.ir.builder import OPS
-from cortexflow.ir.core import DTYPE_BYTES, Block, Module, Op, Value
+from cortexflow.ir.core import DTYPE_BYTES, SOURCES, Block, Module, Op, Value
 from cortexflow.ir.shapes import Shape, slice_bounds
-from cortexflow.passes.lanes import Lane
+from cortexflow.passes.branches import Branch
 from cortexflow.passes.offsets import offsets
+from cortexflow.passes.plan import ALIGNMENT, Copy, Layout, Plan, dense, is_dense, profile
 
-ALIGNMENT = 256  # bytes: what GPU allocators give, and enough for every vector load and TMA descriptor
-SOURCES = ("weight", "const")  # these live outside the arena
 STRIDED = ("slice", "broadcast_to")  # views with strides; ops with `OpDef.view` are views as well
 
 # Operands whose bytes the result may take over: element i of the result reads of that operand only
@@ -48,124 +46,12 @@ IN_PLACE: Mapping[str, tuple[int, ...]] = {
 }
 
 
-class Layout(NamedTuple):
-    """How a view reads its root: from this byte on, with these strides in elements."""
-
-    start: int
-    strides: tuple[int, ...]
-
-
-class Copy(NamedTuple):
-    """`source` goes to `target`'s bytes: before `op` runs or, for a loop, at the end of every iteration."""
-
-    op: Op
-    source: Value
-    target: Value
-    each_iteration: bool
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Plan:
-    """Where the values of a module live.
-
-    `offsets` has every value with bytes in the arena, views included (their first element).
-    `alias_of` leads from a value that shares bytes to its root: the first value in that buffer, or
-    the weight or constant that it is a view of. `sizes` and `spans` (first and last position) belong
-    to roots. Copies of one op stand in the order in which they must run; a loop's stop flag is read
-    before them. A loop's step is written at the start of each iteration. `lanes` may run beside what follows them.
-    """
-
-    offsets: Mapping[Value, int]
-    sizes: Mapping[Value, int]
-    alias_of: Mapping[Value, Value]
-    layouts: Mapping[Value, Layout]  # of views; all other values are dense from their root's first byte
-    copies: tuple[Copy, ...]
-    peak: int
-    lower_bound: int
-    spans: Mapping[Value, tuple[int, int]]
-    stages: tuple[tuple[str, int, int], ...]  # name, first and last position
-    lanes: tuple[Lane, ...]
-
-    def layout(self, value: Value) -> Layout:
-        """Byte start within the root, and strides in elements, of any value."""
-        return self.layouts.get(value) or Layout(0, dense(value.type.shape))
-
-    def meet(self, a: Value, b: Value) -> bool:
-        """Whether two values share bytes of the arena, from the first to the last that each has."""
-        if a not in self.offsets or b not in self.offsets:
-            return False
-        ends = []
-        for v in (a, b):
-            reach = sum((d - 1) * s for d, s in zip(v.type.shape, self.layout(v).strides, strict=True)) + 1
-            ends.append(self.offsets[v] + reach * DTYPE_BYTES[v.type.dtype])
-        return self.offsets[a] < ends[1] and self.offsets[b] < ends[0]
-
-    def report(self, rows: int = 12) -> str:
-        """A table: peak, lower bound, the peak of each stage, the largest buffers at the peak."""
-        live = _profile(self.sizes, self.spans)
-        at = int(live.argmax()) if live.size else 0
-        here = sorted((r for r, (a, b) in self.spans.items() if a <= at <= b), key=lambda r: -self.sizes[r])
-        padding = sum(self.sizes[r] - r.type.nbytes for r in here)
-        total = sum(self.sizes.values())
-        lines = [
-            f"arena         {_bytes(self.peak)}",
-            f"lower bound   {_bytes(self.lower_bound)}  (arena / bound = {self.peak / max(self.lower_bound, 1):.4f};"
-            f" {padding:,} bytes of it are padding to {ALIGNMENT})",
-            f"without reuse {_bytes(total)}  ({len(self.sizes):,} buffers, {len(self.offsets):,} values,"
-            f" {len(self.copies)} copies)",
-            "",
-            *(f"@{name:24} {_bytes(int(live[a : b + 1].max()))}" for name, a, b in self.stages),
-            "",
-            f"live at the peak, position {at} of {live.size}:",
-            *(f"  {_bytes(self.sizes[r])} at {self.offsets[r]:>13,}  {described(r)}" for r in here[:rows]),
-        ]
-        return "\n".join(lines + [f"  and {len(here) - rows} smaller"] * (len(here) > rows))
-
-    def interference(self) -> Any:
-        """A networkx graph: one node a root, one edge where two are live at the same position."""
-        import networkx as nx
-
-        graph = nx.Graph()
-        for r, (first, last) in self.spans.items():
-            meets = [q for q in graph if self.spans[q][0] <= last and self.spans[q][1] >= first]
-            graph.add_node(r, label=described(r), size=self.sizes[r], offset=self.offsets[r])
-            graph.add_edges_from((q, r) for q in meets)
-        return graph
-
-
-def _profile(sizes: Mapping[Any, int], spans: Mapping[Any, tuple[int, int]]) -> np.ndarray:
-    """Live bytes at every position."""
-    change = np.zeros(max((last for _, last in spans.values()), default=0) + 2, np.int64)
-    for root, (first, last) in spans.items():
-        change[first] += sizes[root]
-        change[last + 1] -= sizes[root]
-    return change.cumsum()[:-1]
-
-
-def _bytes(n: int) -> str:
-    return f"{n:>14,} bytes"
-
-
-def described(v: Value) -> str:
-    made = "argument" if v.op is None else v.op.name + (f"  # {v.op.note}" if v.op.note else "")
-    return f"{'%' + v.name + ': ' if v.name else ''}{v.type} {made}"
-
-
 # ---- strides ---------------------------------------------------------------------------------------
-
-
-def dense(shape: Shape) -> tuple[int, ...]:
-    """Row-major strides."""
-    return tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _is_dense(shape: Shape, strides: tuple[int, ...]) -> bool:
-    return all(d == 1 or s == w for d, s, w in zip(shape, strides, dense(shape), strict=True)) or 0 in shape
 
 
 def _restrided(shape: Shape, strides: tuple[int, ...], new: Shape) -> tuple[int, ...] | None:
     """The strides that show strided elements in another shape; None where there are none."""
-    if _is_dense(shape, strides):
+    if is_dense(shape, strides):
         return dense(new)
     runs: list[tuple[int, int]] = []  # extent and innermost stride of axes that are one axis in memory
     for d, s in zip(shape, strides, strict=True):
@@ -212,10 +98,14 @@ class _Buffer:
 
 class _Planner:
     def __init__(
-        self, module: Module, strided: Collection[str], in_place: Mapping[str, tuple[int, ...]], lanes: Sequence[Lane]
+        self,
+        module: Module,
+        strided: Collection[str],
+        in_place: Mapping[str, tuple[int, ...]],
+        branches: Sequence[Branch],
     ) -> None:
         self.strided, self.in_place = strided, in_place
-        self.lanes = {op: lane for lane in lanes for op in lane.ops}
+        self.branches = {op: branch for branch in branches for op in branch.ops}
         self.at: dict[Op, int] = {}
         self.exit: dict[Op, int] = {}
         self.where: dict[Value, tuple[_Content, Layout]] = {}
@@ -274,9 +164,9 @@ class _Planner:
                 content = self.where[v][0]
                 around = loops[len(content.loops) :]  # loops that read it from outside, again and again
                 content.last = max(content.last, self.exit[around[0]] if around else self.at[op])
-                lane = self.lanes.get(op)
-                if lane and self._lane(content) is not lane:
-                    content.last = max(content.last, self.at[lane.join])
+                branch = self.branches.get(op)
+                if branch and content.value.op not in branch.ops:
+                    content.last = max(content.last, self.at[branch.join])
             if op.body:
                 for arg in op.body.args:
                     self._define(arg, self.at[op], (*loops, op))
@@ -303,10 +193,6 @@ class _Planner:
         restrided = _restrided(x.type.shape, strides, shape)
         return None if restrided is None else (content, Layout(start, restrided))
 
-    def _lane(self, content: _Content) -> Lane | None:
-        """The lane that a content is made in."""
-        return self.lanes.get(content.value.op) if content.value.op else None
-
     # -- step 2: buffers
 
     def _place(self, content: _Content, home: _Buffer) -> None:
@@ -318,7 +204,7 @@ class _Planner:
     def _whole(self, v: Value) -> bool:
         """Whether the value is all of its content, in order."""
         content, layout = self.where[v]
-        return v.type.nbytes == content.value.type.nbytes and _is_dense(v.type.shape, layout.strides)
+        return v.type.nbytes == content.value.type.nbytes and is_dense(v.type.shape, layout.strides)
 
     def _dies(self, v: Value, position: int) -> bool:
         """Whether the bytes of the value may serve another from this position on."""
@@ -424,7 +310,7 @@ def plan_buffers(
     module: Module,
     strided: Collection[str] = STRIDED,
     in_place: Mapping[str, tuple[int, ...]] = IN_PLACE,
-    lanes: Sequence[Lane] = (),
+    branches: Sequence[Branch] = (),
 ) -> Plan:
     """Plan the buffers of all stages. The module is not changed; the same module gives the same plan.
 
@@ -432,18 +318,18 @@ def plan_buffers(
     has its result. Results of stages are dense. A target whose kernels read only dense operands passes
     `strided=()`; one whose kernels may write over fewer or more operands passes its own `in_place`.
     """
-    planner = _Planner(module, strided, in_place, lanes)
+    planner = _Planner(module, strided, in_place, branches)
     root = {b: b.contents[0].value for b in planner.buffers}
     sizes = {r: -(-r.type.nbytes // ALIGNMENT) * ALIGNMENT for r in root.values()}
     spans = {r: (b.contents[0].first, max(c.last for c in b.contents)) for b, r in root.items()}
-    outer: dict[Value | Lane, tuple[int, tuple[int, int]]] = {r: (sizes[r], spans[r]) for r in sizes}
-    within: dict[Value, tuple[Lane, int]] = {}  # of buffers that nobody reads outside their lane: where in its part
-    for lane in lanes:
-        first, join = planner.at[lane.ops[0]], planner.at[lane.join]
-        own = [r for b, r in root.items() if planner.lanes.get(r.op) is lane and spans[r][1] < join]  # type: ignore[arg-type]
+    outer: dict[Value | Branch, tuple[int, tuple[int, int]]] = {r: (sizes[r], spans[r]) for r in sizes}
+    within: dict[Value, tuple[Branch, int]] = {}  # of buffers that nobody reads outside their branch: where in its part
+    for branch in branches:
+        first, join = planner.at[branch.ops[0]], planner.at[branch.join]
+        own = [r for b, r in root.items() if planner.branches.get(r.op) is branch and spans[r][1] < join]  # type: ignore[arg-type]
         at, _ = _offsets({r: outer.pop(r) for r in own})
-        within |= {r: (lane, at[r]) for r in own}
-        outer[lane] = max((at[r] + sizes[r] for r in own), default=0), (first, join)
+        within |= {r: (branch, at[r]) for r in own}
+        outer[branch] = max((at[r] + sizes[r] for r in own), default=0), (first, join)
     placed, lower_bound = _offsets(outer)
     at = {r: placed[within[r][0]] + within[r][1] if r in within else placed[r] for r in sizes}
     roots = {v: root[c.home] if c.home else c.value for v, (c, _) in planner.where.items()}
@@ -457,13 +343,13 @@ def plan_buffers(
         lower_bound=lower_bound,
         spans=spans,
         stages=tuple(planner.stages),
-        lanes=tuple(lanes),
+        branches=tuple(branches),
     )
 
 
 def _offsets(buffers: Mapping[Any, tuple[int, tuple[int, int]]]) -> tuple[dict[Any, int], int]:
     """Where each buffer (size, span) is to lie; and the lower bound of an arena that holds them."""
-    live = _profile({b: size for b, (size, _) in buffers.items()}, {b: span for b, (_, span) in buffers.items()})
+    live = profile({b: size for b, (size, _) in buffers.items()}, {b: span for b, (_, span) in buffers.items()})
     sizes = np.array([size for size, _ in buffers.values()], np.int64)
     spans = np.array([span for _, span in buffers.values()], np.int64).reshape(-1, 2)
     return dict(zip(buffers, offsets(sizes, spans, live).tolist(), strict=True)), int(live.max(initial=0))

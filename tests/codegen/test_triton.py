@@ -16,7 +16,8 @@ from cortexflow.errors import TargetError
 from cortexflow.ir import Module, Type, Value, function, fused, ops, returns, run_module
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
-from cortexflow.passes.plan_buffers import Plan, plan_buffers
+from cortexflow.passes.plan import Plan
+from cortexflow.passes.plan_buffers import plan_buffers
 from cortexflow.weights import random_weights
 from tests.kernels.test_triton_pointwise import by_torch
 from tests.models.cases import Batch, batches, case_folders, distance
@@ -194,7 +195,7 @@ def test_chains_that_meet_late_run_side_by_side() -> None:
     inside = [line for line in body if line.startswith(" " * 12)]
     assert layout.scratches == 2 and len(inside) == 40 and body[2:4] == ["        with beside(self):", inside[0]]
     assert body.index("        join(self)") == len(body) - 3
-    alone = Layout(module, frozenset({"lanes"}))
+    alone = Layout(module, frozenset({"branches"}))
     assert alone.scratches == 1 and "beside(self)" not in alone.text
 
 

@@ -15,10 +15,11 @@ from cortexflow.codegen.triton import chains as room
 from cortexflow.codegen.triton.chains import Chain, find_chains
 from cortexflow.codegen.triton.executable import Layout
 from cortexflow.ir import Block, Module, Type, Value, function, ops, returns, run_module
-from cortexflow.passes.lanes import find_lanes
-from cortexflow.passes.plan_buffers import Plan, plan_buffers
+from cortexflow.passes.branches import find_branches
+from cortexflow.passes.plan import Plan
+from cortexflow.passes.plan_buffers import plan_buffers
 from tests.kernels.test_triton_pointwise import by_torch
-from tests.passes.test_lanes import random_towers
+from tests.passes.test_branches import random_towers
 from tests.passes.test_plan_buffers import MAT, Arena, numbers, random_module
 
 ROW = Type("f32", (3, 4))
@@ -142,13 +143,13 @@ def test_chains_give_what_their_ops_give(seed: int) -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
-def test_a_chain_is_of_one_lane(seed: int) -> None:
+def test_a_chain_is_of_one_branch(seed: int) -> None:
     module = random_towers(random.Random(seed))
-    plan = plan_buffers(module, lanes=find_lanes(module, 1))
+    plan = plan_buffers(module, branches=find_branches(module, 1))
     check(module, plan)
     for chain in find_chains(module.funcs["stage"].block, plan).values():
-        for lane in plan.lanes:
-            assert len({op in lane.ops for op in chain.ops}) == 1 and lane.join not in chain.ops[1:]
+        for branch in plan.branches:
+            assert len({op in branch.ops for op in chain.ops}) == 1 and branch.join not in chain.ops[1:]
 
 
 def test_random_programs_have_chains() -> None:

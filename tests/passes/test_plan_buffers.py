@@ -34,7 +34,8 @@ from cortexflow.ir.interpreter import evaluate
 from cortexflow.ir.ops import TORCH_DTYPES
 from cortexflow.passes.check_plan import check_plan
 from cortexflow.passes.offsets import offsets as place
-from cortexflow.passes.plan_buffers import ALIGNMENT, IN_PLACE, Plan, _restrided, plan_buffers
+from cortexflow.passes.plan import ALIGNMENT, Plan
+from cortexflow.passes.plan_buffers import IN_PLACE, _restrided, plan_buffers
 
 F, ROWS, WIDTH = "f64", 4, 64
 MAT = Type(F, (ROWS, WIDTH))  # 2 KiB

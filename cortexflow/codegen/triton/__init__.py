@@ -8,7 +8,7 @@ target's rules.
 
 from cortexflow.codegen.target import Target
 from cortexflow.codegen.triton.claims import CLAIMS, claims
-from cortexflow.codegen.triton.executable import SWITCHES, build
+from cortexflow.codegen.triton.executable import SWITCHES, build, planned
 
 TARGET = Target(
     "triton",
@@ -17,6 +17,7 @@ TARGET = Target(
     accepts=claims,
     wants=frozenset({"layout", "predicate"}),  # patches as products; a captured loop cannot end early
     switches=SWITCHES,
+    plan=planned,
     needs=frozenset({"hoist"}),  # stages have no launches for what depends on weights or a loop's step alone
     options=frozenset({"forms", "tune", "progress"}),
 )

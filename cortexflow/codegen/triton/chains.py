@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from cortexflow.ir.core import DTYPE_BYTES, Block, Op, Value
+from cortexflow.ir.core import DTYPE_BYTES, SOURCES, Block, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.ir.shapes import Shape
-from cortexflow.passes.plan_buffers import Plan, dense
+from cortexflow.passes.plan import Plan, is_dense
 
 OPS = ("add", "sub", "mul", "max", "min", "neg", "abs", "lt", "le", "eq", "and", "or", "not", "where", "cast")
 DTYPES = ("f32", "bf16", "f16", "i32", "bool")
@@ -33,21 +33,22 @@ def find_chains(block: Block, plan: Plan) -> dict[Op, Chain]:
     readers: dict[Value, set[Op]] = {}
     for op in block.walk():
         for v in () if plan.layouts.keys() & set(op.outputs) else op.inputs:
-            readers.setdefault(_shown(v, plan), set()).add(op)
+            readers.setdefault(plan.shown(v), set()).add(op)
     return _find(block, plan, readers)
 
 
 def _find(block: Block, plan: Plan, readers: Readers) -> dict[Op, Chain]:
-    lanes, joins = {op: lane for lane in plan.lanes for op in lane.ops}, {lane.join for lane in plan.lanes}
+    branches = {op: branch for branch in plan.branches for op in branch.ops}
+    joins = {branch.join for branch in plan.branches}
     found: dict[Op, Chain] = {}
     runs: list[list[Op]] = [[]]
     for op in block.ops:
-        if op.name in ("weight", "const") or plan.layouts.keys() & set(op.outputs):
+        if op.name in SOURCES or plan.layouts.keys() & set(op.outputs):
             continue  # no launch: it does not come between
         if op.body:
             found |= _find(op.body, plan, readers)
         fits = op.name in OPS and {v.type.dtype for v in (*op.inputs, op.out)} <= set(DTYPES)
-        if not fits or op in joins or (runs[-1] and lanes.get(runs[-1][-1]) is not lanes.get(op)):
+        if not fits or op in joins or (runs[-1] and branches.get(runs[-1][-1]) is not branches.get(op)):
             runs.append([])
         if fits:
             runs[-1].append(op)
@@ -70,7 +71,7 @@ def _chain(ops: list[Op], plan: Plan, readers: Readers) -> Chain | None:
     stored = [op.out for op in ops if readers.get(op.out, set()) - set(ops)]
     if any(op.out.type.size != size for op in ops) or not 0 < len(sources) <= MOST_SOURCES:
         return None
-    if not 0 < len(stored) <= MOST_TARGETS or any(_shown(v, plan) in made for v, _ in sources):
+    if not 0 < len(stored) <= MOST_TARGETS or any(plan.shown(v) in made for v, _ in sources):
         return None
     if any(plan.meet(t, v) and not _same_place(t, v, plan) for t in stored for v, _ in sources):
         return None
@@ -81,13 +82,6 @@ def _chain(ops: list[Op], plan: Plan, readers: Readers) -> Chain | None:
         operands = ", ".join(names.get(v) or at.get(v) or str(_number(v, plan)) for v in inputs[op])
         steps.append(f"{names[op.out]}: {op.out.type.dtype} = {op.name}({operands})")
     return Chain(tuple(ops), "; ".join(steps), sources, {names[v]: v for v in stored})
-
-
-def _shown(v: Value, plan: Plan) -> Value:
-    """What a view shows; other values as they are."""
-    while v in plan.layouts and v.op is not None:
-        v = v.op.inputs[0]
-    return v
 
 
 def _flat(v: Value, made: set[Value]) -> Value:
@@ -110,4 +104,4 @@ def _same_place(a: Value, b: Value, plan: Plan) -> bool:
     """Whether entry i of one is where entry i of the other is."""
     alike = plan.offsets[a] == plan.offsets[b] and a.type.size == b.type.size
     alike = alike and DTYPE_BYTES[a.type.dtype] == DTYPE_BYTES[b.type.dtype]
-    return alike and all(plan.layout(v).strides == dense(v.type.shape) for v in (a, b))
+    return alike and all(is_dense(v.type.shape, plan.layout(v).strides) for v in (a, b))

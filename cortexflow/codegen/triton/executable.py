@@ -15,10 +15,12 @@ from cortexflow.codegen.triton.program import Program
 from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Module, Value
-from cortexflow.passes.lanes import find_lanes
+from cortexflow.passes.branches import find_branches
+from cortexflow.passes.plan import Plan
 from cortexflow.passes.plan_buffers import plan_buffers
 
 COUNTERS = 8192  # one for each tile of a split
+SCRATCH_BYTES = 4 * (SCRATCH + COUNTERS)
 
 SWITCHES = {
     "cuda_graph": "the launches recorded once and replayed; off: Python launches each kernel at every call",
@@ -27,9 +29,14 @@ SWITCHES = {
     "streaming": "few rows: kernels that fetch their weights before they wait for their input; off: the library",
     "epilogues": "gated units and biases inside a product's kernel; off: the library's product, then a kernel behind",
     "chains": "small ops that work entry by entry, one behind the other, are one launch",
-    "lanes": "long chains that read nothing of each other run side by side",
+    "branches": "long chains that read nothing of each other run side by side",
     "joined": "neighbouring row-wise kernels in one launch: a norm behind a sum, rotation with the move to the cache",
 }
+
+
+def planned(module: Module, without: frozenset[str] = frozenset()) -> Plan:
+    """Where the values of a module live."""
+    return plan_buffers(module, branches=() if "branches" in without else find_branches(module))
 
 
 class Layout:
@@ -45,7 +52,7 @@ class Layout:
     """
 
     def __init__(self, module: Module, without: frozenset[str] = frozenset(), tune: bool = False) -> None:
-        plan = plan_buffers(module, lanes=() if "lanes" in without else find_lanes(module))
+        plan = planned(module, without)
         program = Program(module, plan, without, tune, capability())
         program.text()  # names every buffer that a launch touches; those of results may be missing yet
         wired = [v for s in module.stages for v in (*s.args.values(), *s.results.values())]
@@ -57,9 +64,9 @@ class Layout:
         sizes = {True: 0, False: 0}
         for key, _ in self.weights:
             sizes[key in self.host] += types[key].nbytes
-        self.scratches = 2 if plan.lanes else 1
+        self.scratches = 2 if plan.branches else 1
         self.bytes = {"weights": sizes[False], "arena": plan.peak}
-        self.bytes["scratch"] = self.scratches * 4 * (SCRATCH + COUNTERS)
+        self.bytes["scratch"] = self.scratches * SCRATCH_BYTES
         self.bytes["host"] = sizes[True]
 
 
@@ -95,7 +102,7 @@ class TritonExecutable:
         forms = forms if forms is not None else {key: {} for key in types}
         besides = size["scratch"] + size["arena"]
         named, empty, work = allot(self.layout.weights, types, device, self.layout.host, forms, besides)
-        *scratches, arena = work.split([4 * (SCRATCH + COUNTERS)] * self.layout.scratches + [size["arena"]])
+        *scratches, arena = work.split([SCRATCH_BYTES] * self.layout.scratches + [size["arena"]])
         scratch = [(s.view(torch.float32)[:SCRATCH], s.view(torch.int32)[SCRATCH:].zero_()) for s in scratches]
         self._policy = scope["Policy"](named, arena, *scratch)
         self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}

@@ -10,9 +10,9 @@ from cortexflow.codegen.triton.chains import find_chains
 from cortexflow.codegen.triton.claims import has_table
 from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
-from cortexflow.ir.core import Block, Func, Module, Op, Value
+from cortexflow.ir.core import SOURCES, Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
-from cortexflow.passes.plan_buffers import Copy, Plan, dense
+from cortexflow.passes.plan import Plan, is_dense
 
 _HEAD = '''"""{title}
 
@@ -31,30 +31,15 @@ from cortexflow.kernels.torch import functions
 from cortexflow.kernels.torch.functions import *
 from cortexflow.kernels.triton import prefill_attention, product
 from cortexflow.kernels.triton.gather import embed
-from cortexflow.kernels.triton.order import beside, join, settle
 from cortexflow.kernels.triton.pointwise import pointwise
 from cortexflow.kernels.triton.rows import argmax, epilogue, glu, layer_norm, modulated_norm, rms_norm
 from cortexflow.kernels.triton.rows import rope, rope_and_cache, summed_norm
 from cortexflow.kernels.triton.segment_attention import Config, Split, segment_attention
 from cortexflow.kernels.triton.skinny import skinny
+from cortexflow.kernels.triton.streams import beside, join, settle
 from cortexflow.kernels.triton.thin import thin
 from cortexflow.kernels.triton.token_attention import token_attention
-
-
-def rows(x: Tensor) -> Tensor:
-    """A matrix of the last axis' rows, to write to; never a copy."""
-    return x.view(-1, x.shape[-1])
-
-
-def flat(x: Tensor) -> Tensor:
-    """The same to read from; a copy where the rows are not evenly spaced."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def halves(scratch: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
-    """Room for both factors of a gated unit's result."""
-    return scratch[0].view(out.dtype)[: 2 * out.numel()].view(len(out), -1)
-
+from cortexflow.kernels.triton.views import flat, halves, rows
 
 '''
 
@@ -76,9 +61,6 @@ class Policy:
 '''
 
 
-_SILENT = ("weight", "const")  # ops without a launch
-
-
 class Stage:
     """Names and lines of one stage's method."""
 
@@ -91,8 +73,8 @@ class Stage:
         self.done |= {op for joined in self.rotated.values() for op in joined.ops}
         self.chains = {} if "chains" in program.without else find_chains(func.block, program.plan)
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
-        self.lanes = {lane.ops[0]: lane for lane in program.plan.lanes}
-        self.joins = {lane.join for lane in program.plan.lanes}
+        self.branches = {branch.ops[0]: branch for branch in program.plan.branches}
+        self.joins = {branch.join for branch in program.plan.branches}
 
     def text(self) -> str:
         """The method's source."""
@@ -110,8 +92,8 @@ class Stage:
 
     def read(self, v: Value, axes: int = 1) -> str:
         """A value for a kernel that wants its last axes dense; a copy where the plan has them otherwise."""
-        tail = list(zip(v.type.shape, self.program.plan.layout(v).strides, dense(v.type.shape), strict=True))[-axes:]
-        return self.name(v) + ("" if all(d == 1 or s == w for d, s, w in tail) else ".contiguous()")
+        strides = self.program.plan.layout(v).strides
+        return self.name(v) + ("" if is_dense(v.type.shape[-axes:], strides[-axes:]) else ".contiguous()")
 
     def weight(self, w: Value, form: str) -> str:
         """A weight in one of `placement.FORMS`."""
@@ -131,11 +113,10 @@ class Stage:
         return [] if all(v is None or self._there(v) for v in values) else ["settle(self.scratch)"]
 
     def _there(self, v: Value) -> bool:
-        while v.op is not None and v in self.program.plan.layouts:
-            v = v.op.inputs[0]
+        v = self.program.plan.shown(v)
         if v.op is None:
             return v in self.func.args.values()
-        return v.op.name in _SILENT or self.of_table(v.op)
+        return v.op.name in SOURCES or self.of_table(v.op)
 
     def of_table(self, op: Op) -> bool:
         """Whether an op is the current step's row of a table: no launch, a name."""
@@ -149,7 +130,7 @@ class Stage:
         if "joined" in self.program.without:
             return None
         for other in self.after[op]:
-            if other.name in _SILENT or self.program.plan.layouts.keys() & set(other.outputs) or self.of_table(other):
+            if other.name in SOURCES or self.program.plan.layouts.keys() & set(other.outputs) or self.of_table(other):
                 continue
             fits = other.name in names and other.inputs[0] is op.out and other not in self.done
             read = (op.inputs[0], *op.inputs[3:])  # the residual; gate or bias
@@ -163,10 +144,10 @@ class Stage:
     def block(self, block: Block, indent: str) -> None:
         """One line an op, or nothing for a view."""
         self.after |= {op: block.ops[i + 1 :] for i, op in enumerate(block.ops)}
-        beside: tuple[Op, ...] = ()  # the lane at hand
+        beside: tuple[Op, ...] = ()  # the branch at hand
         for op in block.ops:
-            if op in self.lanes:
-                beside = self.lanes[op].ops
+            if op in self.branches:
+                beside = self.branches[op].ops
                 self.lines.append(f"{indent}with beside(self):")
             if op in self.joins:
                 self.lines.append(f"{indent}join(self)")
@@ -230,15 +211,13 @@ class Stage:
     def copies(self, op: Op, each: bool, indent: str) -> None:
         """The plan's copies that belong here, in its order; last, in one launch, those of what is not in the arena."""
         due = [c for c in self.program.plan.copies if c.op is op and c.each_iteration == each]
-        outside = [c for c in due if c.source.op is not None and c.source.op.name in _SILENT]
-        self.lines += [f"{indent}{self._target(c)}.copy_({self.name(c.source)})" for c in due if c not in outside]
+        outside = [c for c in due if c.source.op is not None and c.source.op.name in SOURCES]
+        place = self.program.buffer
+        self.lines += [f"{indent}{place(c.target)}.copy_({self.name(c.source)})" for c in due if c not in outside]
         if outside:
-            targets = ", ".join(map(self._target, outside))
+            targets = ", ".join(place(c.target) for c in outside)
             sources = ", ".join(self.name(c.source) for c in outside)
             self.lines.append(f"{indent}torch._foreach_copy_([{targets}], [{sources}])")
-
-    def _target(self, copy: Copy) -> str:
-        return self.program.buffer(copy.target)
 
 
 class Program:
@@ -307,7 +286,7 @@ def joined_rotations(block: Block, plan: Plan, step: Value | None = None) -> dic
     for op in block.ops:
         if op.body:
             found |= joined_rotations(op.body, plan, op.body.args[0])
-    launched = [op for op in block.ops if op.name not in _SILENT and not plan.layouts.keys() & set(op.outputs)]
+    launched = [op for op in block.ops if op.name not in SOURCES and not plan.layouts.keys() & set(op.outputs)]
     copied = {copy.op for copy in plan.copies}
     for i, queries in enumerate(launched[:-1]):
         keys, behind = launched[i + 1], launched[i + 2 : i + 4]

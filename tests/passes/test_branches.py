@@ -1,4 +1,4 @@
-"""Lanes: which chains may run side by side, and that no order of their launches changes a result."""
+"""Branches: which chains may run side by side, and that no order of their launches changes a result."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from cortexflow.errors import VerifyError
 from cortexflow.ir import Block, Module, Op, Value, function, ops, returns, run_module, verify
+from cortexflow.passes.branches import LEAST, find_branches
 from cortexflow.passes.check_plan import check_plan
 from cortexflow.passes.dce import dce
-from cortexflow.passes.lanes import LEAST, find_lanes
-from cortexflow.passes.plan_buffers import Plan, plan_buffers
+from cortexflow.passes.plan import Plan
+from cortexflow.passes.plan_buffers import plan_buffers
 from tests.passes.test_plan_buffers import MAT, WIDTH, Arena, Maker, numbers, weight
 
 Chain = Callable[[Value], Value]
@@ -38,12 +39,12 @@ def towers(first: Chain, second: Chain, join: Callable[[Value, Value], Value] = 
     return module
 
 
-def test_the_first_of_two_chains_is_a_lane() -> None:
+def test_the_first_of_two_chains_is_a_branch() -> None:
     for join in (ops.add, lambda a, b: ops.slice_(ops.concat(a, b, axis=0), axis=0, stop=4)):
         module = towers(chain, chain, join)
-        (lane,) = find_lanes(module)
+        (branch,) = find_branches(module)
         made = [op for op in module.funcs["stage"].block.ops if op.name in ("matmul", "act")]
-        assert list(lane.ops) == made[:LEAST] and lane.join.name in ("add", "concat")
+        assert list(branch.ops) == made[:LEAST] and branch.join.name in ("add", "concat")
 
 
 @pytest.mark.parametrize(
@@ -55,24 +56,24 @@ def test_the_first_of_two_chains_is_a_lane() -> None:
     ],
     ids=["the other is short", "short", "has a loop"],
 )
-def test_what_is_no_lane(first: Chain, second: Chain) -> None:
-    assert not find_lanes(towers(first, second))
+def test_what_is_no_branch(first: Chain, second: Chain) -> None:
+    assert not find_branches(towers(first, second))
 
 
-def test_a_chain_that_is_read_before_the_join_is_no_lane() -> None:
+def test_a_chain_that_is_read_before_the_join_is_no_branch() -> None:
     with function("stage", x=MAT, y=MAT) as (f, [x, y]):
         a = chain(x)
         early = ops.mul(a, y)
         returns(z=ops.add(a, chain(y)), early=early)
-    assert not find_lanes(Module({"stage": f}))
+    assert not find_branches(Module({"stage": f}))
 
 
-def test_chains_in_turns_are_no_lane() -> None:
+def test_chains_in_turns_are_no_branch() -> None:
     with function("stage", x=MAT, y=MAT) as (f, [x, y]):
         for _ in range(LEAST):
             x, y = ops.act(x, kind="relu"), ops.act(y, kind="relu")
         returns(z=ops.add(x, y))
-    assert not find_lanes(Module({"stage": f}))
+    assert not find_branches(Module({"stage": f}))
 
 
 # ---- buffers ---------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def random_towers(rng: random.Random) -> Module:
 
 
 class InAnyOrder(Arena):
-    """Launches a lane's ops at random times between its first one's place and the join."""
+    """Launches a branch's ops at random times between its first one's place and the join."""
 
     rng: random.Random
 
@@ -112,12 +113,12 @@ class InAnyOrder(Arena):
 
     def shuffled(self, given: list[Op]) -> list[Op]:
         found = given
-        for lane in (lane for lane in self.plan.lanes if lane.join in given):
-            own = set(lane.ops)
-            start, end = found.index(lane.ops[0]), found.index(lane.join)
+        for branch in (branch for branch in self.plan.branches if branch.join in given):
+            own = set(branch.ops)
+            start, end = found.index(branch.ops[0]), found.index(branch.join)
             rest = [op for op in found[start:end] if op not in own]
             places = sorted(self.rng.choices([0, len(rest), self.rng.randint(0, len(rest))], k=len(own)))
-            mixed = sorted([*zip(places, lane.ops, strict=True), *enumerate(rest)], key=lambda pair: pair[0])
+            mixed = sorted([*zip(places, branch.ops, strict=True), *enumerate(rest)], key=lambda pair: pair[0])
             found = [*found[:start], *(op for _, op in mixed), *found[end:]]
         return found
 
@@ -138,23 +139,23 @@ def check_in_any_order(module: Module, plan: Plan, rng: random.Random) -> None:
 def test_no_order_of_launches_changes_a_result(seed: int) -> None:
     rng = random.Random(seed)
     module = random_towers(rng)
-    check_in_any_order(module, plan_buffers(module, lanes=find_lanes(module, 1)), rng)
+    check_in_any_order(module, plan_buffers(module, branches=find_branches(module, 1)), rng)
 
 
-def test_random_towers_have_lanes() -> None:
-    found = [find_lanes(random_towers(random.Random(seed)), 1) for seed in range(100)]
-    assert sum(map(bool, found)) > 20 and max(len(lane.ops) for lanes in found for lane in lanes) > 5
+def test_random_towers_have_branches() -> None:
+    found = [find_branches(random_towers(random.Random(seed)), 1) for seed in range(100)]
+    assert sum(map(bool, found)) > 20 and max(len(branch.ops) for branches in found for branch in branches) > 5
 
 
-def test_a_lane_reuses_its_own_part_of_the_arena() -> None:
+def test_a_branch_reuses_its_own_part_of_the_arena() -> None:
     module = towers(chain, chain)
-    plan = plan_buffers(module, lanes=find_lanes(module))
+    plan = plan_buffers(module, branches=find_branches(module))
     check_in_any_order(module, plan, random.Random(0))
     assert plan.peak == plan.lower_bound <= 7 * MAT.nbytes  # two inputs, two values of each chain, a result
 
 
-def test_a_plan_that_shares_bytes_between_lanes_is_refused() -> None:
+def test_a_plan_that_shares_bytes_between_branches_is_refused() -> None:
     module = towers(chain, chain)
-    plan = replace(plan_buffers(module), lanes=find_lanes(module))
-    with pytest.raises(VerifyError, match="beside a lane"):
+    plan = replace(plan_buffers(module), branches=find_branches(module))
+    with pytest.raises(VerifyError, match="beside a branch"):
         check_plan(module, plan)
