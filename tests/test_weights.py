@@ -266,8 +266,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("what", ["prepare", "compile"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_peak_memory_stays_near_the_finished_weights(wide: Path, dtype: str, what: str) -> None:
-    # A released model's large weights are above 32 MB each: the allocator maps them one by one and gives them back. These
-    # are smaller, and would share a heap whose holes (up to 14 MB, as addresses happen to fall) are none of ours.
+    # The large weights of a released model are above 32 MB: the allocator maps them one by one and gives them back.
+    # These are smaller, and would share a heap whose holes (up to 14 MB, as addresses fall) are none of ours.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"}
     command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(DATA / "pi05_tiny"), str(wide), dtype, what]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
