@@ -1,7 +1,8 @@
 """Compiling ahead: every kernel that a launch plan needs, at once, while the weights are on their way.
 
 The plan runs once as a rehearsal in which nothing is computed: Triton's launches only say which
-compilations they want, PyTorch's calls only give results of the right form.
+compilations they want, PyTorch's calls only give results of the right form. A kernel is compiled and loaded
+by a thread of its own, with the C function that launches it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ from triton.runtime.jit import JITFunction
 _REHEARSAL = threading.Lock()
 
 
-class _Forms(TorchDispatchMode):
-    """PyTorch's calls without their work: views are views, what is written stays as it was, the rest is empty."""
+class _Dispatch:
+    """PyTorch's calls without their work: views are views, what is written stays as it was, the rest is empty.
+
+    Its form comes from the same call over zeros on the host. (PyTorch's `meta` device, and a mode that has this method
+    itself, would load its compiler for that, which takes 4 s.)
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, parameters = kwargs or {}, func._schema.arguments
@@ -38,21 +43,55 @@ class _Forms(TorchDispatchMode):
             returned = written[: len(func._schema.returns)]  # some write and return nothing
             return returned[0] if len(returned) == 1 else tuple(returned) or None
         onto = given[0].device
-        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), (args, kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, _zeros, (args, kwargs))
         made = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
-        return tree_map_only(torch.Tensor, lambda t: torch.empty_like(t, device=onto), made)
+        return tree_map_only(
+            torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=onto), made
+        )
+
+
+def _zeros(x: torch.Tensor) -> torch.Tensor:
+    """A tensor's form on the host, all zeros: an index there is one of any table's."""
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return torch.zeros(max(0, size), dtype=x.dtype, device="cpu").as_strided(x.shape, x.stride())
+
+
+class _Forms(_Dispatch, TorchDispatchMode):
+    """`_Dispatch` as a mode."""
+
+
+class _Coming:
+    """Stands where a kernel will be: who launches it before that compiles it there and then."""
+
+    def __init__(self, compile_fn: Callable[[], Any]) -> None:
+        self.compile = compile_fn
+        self.places: list[Callable[[Any], None]] = []  # kernels of one text have one result
+
+    def keep(self, kernel: Any) -> None:
+        """Put the kernel where it is looked for."""
+        for place in self.places:
+            place(kernel)
+
+    def result(self) -> Any:
+        """The kernel, as Triton asks for it at a launch."""
+        kernel = self.compile()
+        self.keep(kernel)
+        return kernel
 
 
 class _Wanted(triton.AsyncCompileMode):
-    """Compilations by key: (what compiles, what keeps the result)."""
+    """Compilations by key."""
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.found: dict[Any, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
+        self.found: dict[Any, _Coming] = {}
 
-    def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> None:
-        """Called for each launch of a kernel that is not compiled; without a kernel the launch ends there."""
-        self.found.setdefault(key, (compile_fn, finalize_fn))
+    def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> _Coming:
+        """Called for a launch of a kernel that is not there; its next launches find what stands for it."""
+        coming = self.found.setdefault(key, _Coming(compile_fn))
+        coming.places.append(finalize_fn)
+        finalize_fn(coming)
+        return coming
 
 
 @contextmanager
@@ -72,6 +111,15 @@ def _launching_nothing() -> Iterator[None]:
             JITFunction.run = run
 
 
+def _loaded(coming: _Coming, device: int | None) -> Any:
+    """A kernel, compiled, and on the card with what launches it (a C function, compiled as well) where there is one."""
+    kernel = coming.compile()
+    if device is not None:
+        with torch.cuda.device(device):
+            kernel.run  # noqa: B018 - Triton loads it when this is first asked for
+    return kernel
+
+
 @contextmanager
 def compiling(launch: Callable[[], None], progress: bool, strict: bool = True) -> Iterator[int]:
     """Compile the kernels that `launch` would run, in threads, while the block runs; yields how many there are.
@@ -82,17 +130,18 @@ def compiling(launch: Callable[[], None], progress: bool, strict: bool = True) -
     with _launching_nothing(), _Wanted() as wanted, _Forms():
         launch()
     workers = max(1, min(len(wanted.found), len(os.sched_getaffinity(0))))
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
     bar = tqdm(
         total=len(wanted.found), desc="compiling kernels", unit="kernel", delay=1.0, leave=False, disable=not progress
     )
     pool = ThreadPoolExecutor(workers, thread_name_prefix="triton")
     try:
-        keep = {pool.submit(compile_fn): finalize_fn for compile_fn, finalize_fn in wanted.found.values()}
-        yield len(keep)
+        coming = {pool.submit(_loaded, kernel, device): kernel for kernel in wanted.found.values()}
+        yield len(coming)
         with bar:
-            for future in as_completed(keep):
+            for future in as_completed(coming):
                 if strict or future.exception() is None:
-                    keep[future](future.result())
+                    coming[future].keep(future.result())
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
