@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
@@ -13,7 +14,7 @@ import torch
 
 from cortexflow.codegen import find_target
 from cortexflow.compiler import Shared, build_one, lower, switches
-from cortexflow.errors import InputError
+from cortexflow.errors import CheckpointError, InputError
 from cortexflow.ir import Module, Type, function, ops, returns, run, run_module
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
@@ -184,8 +185,16 @@ def test_what_was_not_filled_is_not_there() -> None:
     forms: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}}
     wanted = {("a", "pairs"): "a", ("b", "rows"): "b"}
     _, empty, _ = allot(wanted, types, CPU, (), forms)
-    with pytest.raises(KeyError, match="b"):
-        fill_new(empty, {"a": torch.ones(2, 4)}, forms)
+
+    def load(key: str) -> torch.Tensor:
+        if key == "a":
+            return torch.ones(2, 4)
+        while not forms["a"]:
+            time.sleep(0.001)
+        raise CheckpointError("b is damaged")
+
+    with pytest.raises(CheckpointError, match="b is damaged"):
+        fill_new(empty, Weights(["b", "a"], load), forms)
     named, empty, _ = allot(wanted, types, CPU, (), forms)
     assert named["a"] is forms["a"]["pairs"] and [key for key, _, _ in empty] == ["b"]
 
@@ -381,13 +390,15 @@ def test_kernels_are_compiled_and_nothing_runs(card: None) -> None:
         torch._foreach_copy_([out[:4], out[8:12]], [x[:4], x[4:8]])  # writes, and returns nothing
         torch.nn.functional.embedding(torch.tensor([10**6]), x.view(8, 8))  # for real this would fail
 
-    with compiling(launch, False) as count:
-        assert count == 2
+    with compiling(launch, False):
+        pass
     kept, *_ = twice_kernel.device_caches[0]
     assert len(kept) == 2 and all(len(k.asm["cubin"]) > 500 for k in kept.values())
     assert bool(out.isnan().all()) and (seen[0].shape, seen[0].dtype) == ((64,), torch.bfloat16)
-    with compiling(launch, False) as count:  # a kernel that is there is not launched either
-        assert count == 0
+    before = [*kept.values()]
+    with compiling(launch, False):  # a kernel that is there is not launched either
+        pass
+    assert [*kept.values()] == before
     assert bool(out.isnan().all())
 
 

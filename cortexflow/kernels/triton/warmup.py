@@ -1,6 +1,6 @@
 """Compiling ahead: every kernel that a launch plan needs, at once, while the weights are on their way.
 
-The plan runs once as a rehearsal in which nothing is computed: Triton's launches only say which
+In a thread the plan runs once as a rehearsal in which nothing is computed: Triton's launches only say which
 compilations they want, PyTorch's calls only give results of the right form. A kernel is compiled and loaded
 by a thread of its own, with the C function that launches it.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -80,18 +81,22 @@ class _Coming:
 
 
 class _Wanted(triton.AsyncCompileMode):
-    """Compilations by key."""
+    """Compilations under way, by key; `device` is where kernels are loaded, None without a card."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Executor, device: int | None) -> None:
         super().__init__(None)
         self.found: dict[Any, _Coming] = {}
+        self.under_way: dict[Future[Any], _Coming] = {}
+        self.pool, self.device = pool, device
 
     def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> _Coming:
         """Called for a launch of a kernel that is not there; its next launches find what stands for it."""
-        coming = self.found.setdefault(key, _Coming(compile_fn))
-        coming.places.append(finalize_fn)
-        finalize_fn(coming)
-        return coming
+        if key not in self.found:
+            self.found[key] = coming = _Coming(compile_fn)
+            self.under_way[self.pool.submit(_loaded, coming, self.device)] = coming
+        self.found[key].places.append(finalize_fn)
+        finalize_fn(self.found[key])
+        return self.found[key]
 
 
 @contextmanager
@@ -120,28 +125,33 @@ def _loaded(coming: _Coming, device: int | None) -> Any:
     return kernel
 
 
+def _rehearse(launch: Callable[[], None], wanted: _Wanted) -> None:
+    """Run `launch` without effect, for the kernels that it wants."""
+    place = nullcontext() if wanted.device is None else torch.cuda.device(wanted.device)
+    with place, _launching_nothing(), wanted, _Forms():
+        launch()
+
+
 @contextmanager
-def compiling(launch: Callable[[], None], progress: bool, strict: bool = True) -> Iterator[int]:
-    """Compile the kernels that `launch` would run, in threads, while the block runs; yields how many there are.
+def compiling(launch: Callable[[], None], progress: bool, strict: bool = True) -> Iterator[None]:
+    """Compile the kernels that `launch` would run, in threads, while the block runs; at its end they are there.
 
     Triton's passes, LLVM and ptxas run outside Python's lock. An error of a compilation is raised at the end, unless
-    `strict` is off: then it comes where the kernel is launched.
+    `strict` is off: then it comes where the kernel is launched. So is an error of `launch` itself.
     """
-    with _launching_nothing(), _Wanted() as wanted, _Forms():
-        launch()
-    workers = max(1, min(len(wanted.found), len(os.sched_getaffinity(0))))
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    bar = tqdm(
-        total=len(wanted.found), desc="compiling kernels", unit="kernel", delay=1.0, leave=False, disable=not progress
-    )
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="triton")
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 1, thread_name_prefix="triton")
+    wanted = _Wanted(pool, torch.cuda.current_device() if torch.cuda.is_available() else None)
+    rehearsal = pool.submit(copy_context().run, _rehearse, launch, wanted)
     try:
-        coming = {pool.submit(_loaded, kernel, device): kernel for kernel in wanted.found.values()}
-        yield len(coming)
-        with bar:
-            for future in as_completed(coming):
+        yield
+        rehearsal.result()
+        n = len(wanted.under_way)
+        with tqdm(
+            total=n, desc="compiling kernels", unit="kernel", delay=1.0, leave=False, disable=not progress
+        ) as bar:
+            for future in as_completed(wanted.under_way):
                 if strict or future.exception() is None:
-                    coming[future].keep(future.result())
+                    wanted.under_way[future].keep(future.result())
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
