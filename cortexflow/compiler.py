@@ -154,6 +154,7 @@ def build_one(
     forms = {key: shared.forms.setdefault(mark, {}) for key, mark in marks.items()}
     there = {mark for mark, placed in shared.forms.items() if placed}
     known = None if "forms" in target.options else shared.known  # who keeps them on the device needs no second copy
+    made_on = device if known is None and device.type != "cpu" else None
     given = {"forms": forms, "tune": tune, "progress": progress}
     options: dict[str, Any] = {name: given[name] for name in target.options}
     if target.switches:
@@ -161,7 +162,7 @@ def build_one(
     missing = len(set(marks.values()) - there - shared.known.keys())
     bar = tqdm(total=missing, desc="preparing weights", unit="weight", delay=1.0, leave=False, disable=not progress)
     with bar:  # prepared when the target asks for them: it may compile kernels first, and meanwhile
-        ready = prepared(lowered, source, there=there, known=known, done=bar.update)
+        ready = prepared(lowered, source, there=there, known=known, device=made_on, done=bar.update)
         executable = target.build(stages, ready, device, **options)
     _dump_source(executable, target, len(steps))
     shared.sizes |= {(key, marks[key]): t.nbytes for key, t in stages.weight_types().items()}

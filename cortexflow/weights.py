@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
-from threading import Lock
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cortexflow import large_weights
 from cortexflow.errors import CheckpointError, InputError
 from cortexflow.ir import PREPARE, Block, Func, Module, Op, Type, Value, run
 from cortexflow.ir.core import clone_block, uses
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.passes.dce import sweep
 
-AT_ONCE = 6  # weights made at once
 _MOVES = ("transpose", "reshape", "slice")  # ops that only move entries of their one operand
 
 
@@ -61,8 +57,8 @@ def check_weights(module: Module, weights: Mapping[str, Any]) -> None:
 
 def prepare(module: Module, weights: Mapping[str, Tensor]) -> tuple[Module, dict[str, Tensor]]:
     """Run `prepare` and gather what the stages read: (the stages alone, their weights by key, dense)."""
-    stages, ready = stages_of(module), prepared(module, weights)
-    return stages, {key: ready[key].contiguous() for key in stages.weight_types()}
+    ready = prepared(module, weights)
+    return stages_of(module), {key: x.contiguous() for key, x in ready.items()}
 
 
 def prepared(
@@ -71,58 +67,46 @@ def prepared(
     *,
     there: Container[str] = (),
     known: dict[str, Tensor] | None = None,
+    device: torch.device | None = None,
     done: Callable[[int], object] = lambda n: None,
 ) -> Weights:
     """What the stages read, by key, each made when it is first asked for; its axes may lie in another order.
 
-    The keys begin with one each of those that are made together, most at once first, as that takes longest. With a
-    weight are made those that share an op with it, less what is `there`: fingerprints of weights that the target has
+    With it are made those that share an op with it, less what is `there`: fingerprints of weights that the target has
     from earlier builds, and will hardly ask for. `known` holds, by fingerprint, what other modules of the same
-    checkpoint have made, and keeps, dense, what is made here; without it each is let go when it is handed over.
+    checkpoint have made, and keeps, dense, what is made here; without it each is let go when it is handed over. On a
+    `device` are made the large ones that `large_weights` can make, its checkpoint tensors read ahead in other threads.
     Checkpoint tensors are dropped after their last use, so that memory holds finished weights and little else. `done`
-    is told how many were made. Several threads may ask at once. Raises `CheckpointError` for missing tensors,
-    `InputError` for those of another shape.
+    is told how many were made. Raises `CheckpointError` for missing tensors, `InputError` for those of another shape.
     """
     check_weights(module, weights)
     types, marks = stages_of(module).weight_types(), fingerprints(module)
     parts = _parts(_narrowed(module.funcs[PREPARE])) if PREPARE in module.funcs else {}
     made: dict[str, Tensor] = {} if known is None else known
-    busy: defaultdict[Any, Lock] = defaultdict(Lock)  # one thread at a time in what makes a weight, or several together
+    large = {k: f.results[k] for k, f in parts.items() if device and k in types and large_weights.fits(f.results[k])}
+    rest = types.keys() - large.keys()
+    asked = (large[k] for k in types if k in large and marks[k] not in there)
+    ahead = large_weights.ReadAhead(weights, (name for v in asked for name in large_weights.sources(v)))
 
     def make(key: str) -> dict[str, Tensor]:
         if key not in parts:
             return {key: weights[key].to(TORCH_DTYPES[types[key].dtype])}
-        others = (k for k in parts[key].results if k in types and marks[k] not in there and marks[k] not in made)
+        if device and key in large:
+            return {key: large_weights.make(large[key], ahead, device)}
+        others = (k for k in parts[key].results if k in rest and marks[k] not in there and marks[k] not in made)
         return run(_only(parts[key], {key, *others}), {}, weights)
 
     def load(key: str) -> Tensor:
         mark = marks[key]
-        with busy[id(parts.get(key, mark))]:
-            if mark not in made:
-                found = make(key)
-                for k, x in found.items():
-                    x = _checked(x, k, types[k].shape)
-                    made[marks[k]] = x if known is None else x.contiguous()
-                done(len(found))
-            return made.pop(mark) if known is None else made[mark]
+        if mark not in made:
+            found = make(key)
+            for k, x in found.items():
+                x = _checked(x, k, types[k].shape)
+                made[marks[k]] = x if known is None else x.contiguous()
+            done(len(found))
+        return made.pop(mark) if known is None else made[mark]
 
-    together = sorted({id(f): f for f in parts.values() if len(f.results) > 1}.values(), key=lambda f: -len(f.results))
-    firsts = [next(key for key in f.results if key in types) for f in together if types.keys() & f.results.keys()]
-    return Weights(list(dict.fromkeys([*firsts, *types])), load)
-
-
-def made_at_once(weights: Mapping[str, Tensor], keys: Iterable[str]) -> Generator[tuple[str, Tensor]]:
-    """Some of the weights as they are made, a few at a time: one alone does not keep the host's cores busy."""
-    coming, under_way = iter(keys), dict[Future[Tensor], str]()
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weights") as pool:
-        while True:
-            under_way |= {
-                pool.submit(weights.__getitem__, key): key for key in islice(coming, AT_ONCE - len(under_way))
-            }
-            if not under_way:
-                return
-            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                yield under_way.pop(future), future.result()
+    return Weights(list(types), load)
 
 
 def stages_of(module: Module) -> Module:

@@ -7,7 +7,6 @@ buffers, so that their copies neither wait for the card nor make it wait.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from itertools import accumulate
 
 import numpy as np
@@ -17,7 +16,6 @@ from torch import Tensor
 from cortexflow.errors import InputError
 from cortexflow.ir.core import Module, Op, Type
 from cortexflow.ir.dtypes import TORCH_DTYPES
-from cortexflow.weights import made_at_once
 
 HOST_BYTES = 64 << 20  # a larger table read by rows alone stays on the host
 ALIGNMENT = 256  # bytes
@@ -102,23 +100,10 @@ def allot(
 
 def fill_new(empty: Iterable[tuple[str, str, Tensor]], weights: Mapping[str, Tensor], forms: Forms) -> None:
     """Fill what `allot` left empty: from another form of the weight where one is placed, or as `weights` gives it."""
-    wanted: dict[int, list[tuple[str, str, Tensor]]] = {}  # weights that are made alike have one dictionary
     for key, form, place in empty:
-        wanted.setdefault(id(forms[key]), []).append((key, form, place))
-    new = {some[0][0]: some for some in wanted.values() if not forms[some[0][0]]}
-    for some in wanted.values():
-        if some[0][0] not in new:
-            _fill_forms(some, None, forms)
-    order = {key: i for i, key in enumerate(weights)}
-    with closing(made_at_once(weights, sorted(new, key=lambda key: order.get(key, 0)))) as made:
-        for key, w in made:
-            _fill_forms(new[key], w, forms)
-
-
-def _fill_forms(some: Iterable[tuple[str, str, Tensor]], w: Tensor | None, forms: Forms) -> None:
-    for key, form, place in some:
-        fill(place, form, plain(*next(iter(forms[key].items()))) if w is None else w)
-        forms[key][form], w = place, None  # not before it is filled: a build may fail, and the next one looks here
+        there = next(iter(forms[key].items()), None)
+        fill(place, form, weights[key] if there is None else plain(*there))
+        forms[key][form] = place  # not before it is filled: a build may fail, and the next one looks here
 
 
 def fill(place: Tensor, form: str, w: Tensor) -> None:

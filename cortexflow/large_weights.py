@@ -1,0 +1,162 @@
+"""Large weights made on a device, a slice at a time.
+
+Most weights are a checkpoint's tensor scaled and rounded entry by entry. Such a tensor crosses to the device as it is
+stored; there it is widened, scaled and rounded in slices, so that besides the result hardly anything needs room. The
+bits are those of the same ops on the host: each entry is the work of its own, by operations that IEEE 754 defines.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from cortexflow.ir import Op, Value
+from cortexflow.ir.dtypes import TORCH_DTYPES
+from cortexflow.ir.interpreter import evaluate
+
+SMALLEST, LARGEST = 1 << 20, 256 << 20  # bytes; a larger one would need as much room again beside its place
+SLICE = 1 << 22  # entries
+AHEAD, READERS = 16, 3  # tensors that are read before they are asked for, and by how many threads
+_ENTRYWISE = ("add", "sub", "mul", "div", "cast")
+_SMALL = (*_ENTRYWISE, "weight", "const", "reshape", "transpose", "slice")  # of what goes along an axis
+
+
+def fits(v: Value) -> bool:
+    """Whether a result of `prepare` can be made here: entry by entry from weights, or such matrices side by side."""
+    return SMALLEST <= v.type.nbytes <= LARGEST and len({_first_axis(u) for u in _beside(v)} - {None}) == 1
+
+
+def sources(v: Value) -> list[str]:
+    """The large tensors of the checkpoint that a value is made from, in the order in which they are read."""
+    return [key for u in _beside(v) for key in _sources(u)]
+
+
+def make(v: Value, weights: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """The value, dense but for the order of its axes: its memory goes as that of what is stored."""
+    first = _first_axis(_beside(v)[0])
+    order = sorted(range(len(v.type.shape)), key=lambda axis: axis != first)
+    room = torch.empty([v.type.shape[i] for i in order], dtype=TORCH_DTYPES[v.type.dtype], device=device)
+    made = room.permute([order.index(i) for i in range(len(order))])
+    axis = v.op.attrs["axis"] if v.op is not None and v.op.name == "concat" else 0
+    at = 0
+    with torch.no_grad():
+        for u in _beside(v):
+            extent = u.type.shape[axis]
+            _fill(made.narrow(axis, at, extent), u, _OnDevice(weights, device))
+            at += extent
+    return made
+
+
+class ReadAhead(Mapping[str, Tensor]):
+    """Tensors that other threads read before they are asked for, in the order of `names`; others when asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        self._weights, self._left = weights, deque(dict.fromkeys(names))
+        self._coming: dict[str, Future[Tensor]] = {}
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._coming.pop(name, None)
+        while self._left and len(self._coming) < AHEAD:
+            coming = self._left.popleft()
+            if coming != name:
+                self._coming[coming] = self._pool.submit(self._weights.__getitem__, coming)
+        return self._weights[name] if found is None else found.result()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class _OnDevice:
+    """What one matrix is made from, on the device: tensors as they are stored, and small values."""
+
+    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self.weights, self.device = weights, device
+        self.found: dict[Value, Tensor] = {}
+
+    def stored(self, v: Value, op: Op) -> Tensor:
+        if v not in self.found:
+            self.found[v] = self.weights[op.attrs["key"]].to(self.device)
+        return self.found[v]
+
+    def small(self, v: Value) -> Tensor:
+        op = _op(v)
+        if op.name == "weight":
+            return self.stored(v, op).to(TORCH_DTYPES[v.type.dtype])
+        return evaluate(op, [self.small(u) for u in op.inputs]).to(self.device)
+
+
+def _op(v: Value) -> Op:
+    assert v.op is not None
+    return v.op
+
+
+def _beside(v: Value) -> list[Value]:
+    """The matrices that lie side by side in a value; itself, where it is one."""
+    return [*v.op.inputs] if v.op is not None and v.op.name == "concat" else [v]
+
+
+def _first_axis(v: Value) -> int | None:
+    """Where the first axis of the stored tensor is, of a value that is made entry by entry from one or several."""
+    op = v.op
+    if op is None or op.body:
+        return None
+    if op.name == "weight":
+        return 0
+    if op.name == "transpose":
+        first = _first_axis(op.inputs[0])
+        return None if first is None else op.attrs["perm"].index(first)
+    if op.name not in _ENTRYWISE or not all(u.type.shape == v.type.shape or _is_small(u) for u in op.inputs):
+        return None
+    found = {_first_axis(u) for u in op.inputs if u.type.shape == v.type.shape}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_small(v: Value) -> bool:
+    op = v.op
+    return op is not None and v.type.nbytes < SMALLEST and op.name in _SMALL and all(map(_is_small, op.inputs))
+
+
+def _sources(v: Value) -> list[str]:
+    op = _op(v)
+    if op.name == "weight":
+        return [op.attrs["key"]]
+    return [key for u in op.inputs if op.name == "transpose" or u.type.shape == v.type.shape for key in _sources(u)]
+
+
+def _fill(place: Tensor, v: Value, found: _OnDevice) -> None:
+    axis = _first_axis(v)
+    assert axis is not None
+    n = v.type.shape[axis]
+    step = max(1, SLICE * n // v.type.size)
+    for begin in range(0, n, step):
+        size = min(step, n - begin)
+        place.narrow(axis, begin, size).copy_(_slice(v, axis, begin, size, found))
+
+
+def _slice(v: Value, axis: int, begin: int, size: int, found: _OnDevice) -> Tensor:
+    """Some of a value's entries: `size` along an axis from `begin`."""
+    op = _op(v)
+    if op.name == "weight":
+        return found.stored(v, op).narrow(axis, begin, size).to(TORCH_DTYPES[v.type.dtype])
+    if op.name == "transpose":
+        perm = op.attrs["perm"]
+        return _slice(op.inputs[0], perm[axis], begin, size, found).permute(perm)
+    operands = []
+    for u in op.inputs:
+        if u.type.shape == v.type.shape:
+            operands.append(_slice(u, axis, begin, size, found))
+        else:
+            x, at = found.small(u), axis - len(v.type.shape)  # aligned from the last axis on
+            operands.append(x.narrow(at, begin, size) if x.ndim >= -at and x.shape[at] != 1 else x)
+    return evaluate(op, operands)

@@ -1,0 +1,82 @@
+"""Large weights made in slices: the same bits as op by op on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cortexflow import large_weights
+from cortexflow.errors import CheckpointError
+from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
+from cortexflow.passes import run_passes
+from cortexflow.weights import Weights, prepare, prepared, random_weights
+
+TINY = {"image_size": 28, "max_token_len": 8, "vocab_size": 100, "num_encoder_layers": 2, "num_decoder_layers": 2}
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_weights, "SMALLEST", 2048)
+    monkeypatch.setattr(large_weights, "SLICE", 777)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [VLAModelType.PI05, VLAModelType.PI0])
+def test_same_bits(kind: VLAModelType, stored: torch.dtype, dtype: str, device: str) -> None:
+    config = ModelConfig(
+        model_type=kind,
+        vision_encoder_dim=48,
+        vision_num_heads=2,
+        vision_num_layers=2,
+        vision_mlp_dim=100,
+        encoder_dim=72,
+        encoder_mlp_dim=130,
+        decoder_dim=40,
+        decoder_mlp_dim=90,
+        num_heads=2,
+        head_dim=16,
+        num_views=1,
+        chunk_size=4,
+        num_diffusion_steps=2,
+        **TINY,
+    )
+    module = create_model(config).build(Signature.of(config), {"float32": "f32", "bfloat16": "bf16"}.get(dtype, "f16"))
+    weights = {key: w.to(stored) for key, w in random_weights(module).items()}
+    lowered, _ = run_passes(module, lambda op: False)
+    made = []
+    original = large_weights.make
+
+    def counted(*given: object) -> Tensor:
+        made.append(original(*given))  # type: ignore[arg-type]
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_weights, "make", counted)
+        ready = prepared(lowered, weights, device=torch.device(device))
+        found = {key: ready[key] for key in ready}
+    assert len(made) > 15 and all(x.device.type == device for x in made)
+    for key, x in prepare(lowered, weights)[1].items():
+        assert found[key].dtype == x.dtype and torch.equal(found[key].cpu(), x), key
+
+
+def test_tensors_are_read_ahead_in_order_and_few_at_a_time() -> None:
+    reads: list[str] = []
+    names = [f"w{i}" for i in range(60)]
+
+    def load(name: str) -> Tensor:
+        reads.append(name)
+        if name == "w3":
+            raise CheckpointError("w3 is damaged")
+        return torch.tensor(int(name[1:]))
+
+    ahead = large_weights.ReadAhead(Weights([*names, "other"], load), names)
+    assert not reads and len(ahead) == 61 and "w5" in ahead and "w99" not in ahead
+    for i in range(3):
+        assert ahead[names[i]] == i
+    with pytest.raises(CheckpointError, match="w3 is damaged"):
+        ahead["w3"]
+    assert ahead["w40"] == 40, "out of order: read when asked for"
+    assert len(reads) <= 5 + large_weights.AHEAD
