@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Container, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from cortexflow.ir.core import clone_block, uses
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.passes.dce import sweep
 
+AT_ONCE = 4  # weights made at once on the host for another device
 _MOVES = ("transpose", "reshape", "slice")  # ops that only move entries of their one operand
 
 
@@ -74,10 +76,12 @@ def prepared(
 
     With it are made those that share an op with it, less what is `there`: fingerprints of weights that the target has
     from earlier builds, and will hardly ask for. `known` holds, by fingerprint, what other modules of the same
-    checkpoint have made, and keeps, dense, what is made here; without it each is let go when it is handed over. On a
-    `device` are made the large ones that `large_weights` can make, its checkpoint tensors read ahead in other threads.
+    checkpoint have made, and keeps, dense, what is made here; without it each is let go when it is handed over.
     Checkpoint tensors are dropped after their last use, so that memory holds finished weights and little else. `done`
     is told how many were made. Raises `CheckpointError` for missing tensors, `InputError` for those of another shape.
+
+    For a `device` other than the host, the large ones are made there (see `large_weights`) when they are asked for,
+    their checkpoint tensors read ahead; the others at once, in threads.
     """
     check_weights(module, weights)
     types, marks = stages_of(module).weight_types(), fingerprints(module)
@@ -96,10 +100,18 @@ def prepared(
         others = (k for k in parts[key].results if k in rest and marks[k] not in there and marks[k] not in made)
         return run(_only(parts[key], {key, *others}), {}, weights)
 
+    begun: dict[int, Future[dict[str, Tensor]]] = {}
+    if device:
+        pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weights")
+        for part in sorted({id(f): f for f in parts.values()}.values(), key=lambda f: -len(f.results)):  # longest first
+            if new := [k for k in part.results if k in rest and marks[k] not in there]:
+                begun[id(part)] = pool.submit(make, new[0])
+
     def load(key: str) -> Tensor:
         mark = marks[key]
         if mark not in made:
-            found = make(key)
+            under_way = begun.pop(id(parts[key]), None) if key in parts and key in rest else None
+            found = under_way.result() if under_way else make(key)
             for k, x in found.items():
                 x = _checked(x, k, types[k].shape)
                 made[marks[k]] = x if known is None else x.contiguous()
