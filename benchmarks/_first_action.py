@@ -69,7 +69,7 @@ def watch(spans: Seconds) -> None:
     """Add up the time of the parts of `compile`, of reading tensors, and of Triton's compiler."""
     from dataclasses import replace
 
-    from cortexflow import compiler, weights
+    from cortexflow import compiler, large_weights, weights
     from cortexflow.checkpoints import Checkpoint
 
     inner: list[float] = []  # of each part under way in this thread, what parts within it took
@@ -78,6 +78,7 @@ def watch(spans: Seconds) -> None:
         if name in names:
             names[name] = timed(spans, inner, part, names[name])
     vars(weights)["run"] = timed(spans, inner, PARTS["prepared"], weights.run)
+    vars(large_weights)["make"] = timed(spans, inner, PARTS["prepared"], large_weights.make)
     reading = timed(spans, inner, "read and check tensors", Checkpoint.load_checked)
     Checkpoint.load_checked = reading  # type: ignore[method-assign]
     find = names["find_target"]

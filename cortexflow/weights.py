@@ -175,15 +175,21 @@ def _narrowed(func: Func) -> Func:
 
 def _parts(func: Func) -> dict[str, Func]:
     """A function in parts that share no op but constants: for each result, the part that makes it."""
-    import networkx as nx
+    above: dict[Op, Op] = {}  # towards the op that stands for a part
 
-    graph = nx.Graph()
+    def top(op: Op) -> Op:
+        while above.get(op, op) is not op:
+            op = above[op]
+        return op
+
     for op in func.block.ops[:-1]:
-        graph.add_node(op)
-        reads = {*op.inputs, *(uses(op.body) if op.body else ())}
-        graph.add_edges_from((op, v.op) for v in reads if v.op is not None and v.op.name != "const")
-    home = {op: i for i, part in enumerate(nx.connected_components(graph)) for op in part}
-    bodies: list[list[Op]] = [[] for _ in set(home.values())]
+        for v in (*op.inputs, *(uses(op.body) if op.body else ())):
+            if v.op is not None and v.op.name != "const":
+                above[top(v.op)] = top(op)
+    tops = [top(op) for op in func.block.ops[:-1]]
+    number = {op: i for i, op in enumerate(dict.fromkeys(tops))}
+    home = {op: number[t] for op, t in zip(func.block.ops, tops, strict=False)}
+    bodies: list[list[Op]] = [[] for _ in number]
     results: list[dict[str, Value]] = [{} for _ in bodies]
     for op in func.block.ops[:-1]:
         for body in bodies if op.name == "const" else [bodies[home[op]]]:
