@@ -27,7 +27,8 @@ _SMALL = (*_ENTRYWISE, "weight", "const", "reshape", "transpose", "slice")  # of
 
 def fits(v: Value) -> bool:
     """Whether a result of `prepare` can be made here: entry by entry from weights, or such matrices side by side."""
-    return SMALLEST <= v.type.nbytes <= LARGEST and len({_first_axis(u) for u in _beside(v)} - {None}) == 1
+    firsts = {_first_axis(u) for u in _beside(v)}
+    return SMALLEST <= v.type.nbytes <= LARGEST and len(firsts) == 1 and None not in firsts
 
 
 def sources(v: Value) -> list[str]:

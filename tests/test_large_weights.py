@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cortexflow import large_weights
 from cortexflow.errors import CheckpointError
+from cortexflow.ir import Block, Type, building, ops
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes import run_passes
 from cortexflow.weights import Weights, prepare, prepared, random_weights
@@ -80,3 +81,14 @@ def test_tensors_are_read_ahead_in_order_and_few_at_a_time() -> None:
         ahead["w3"]
     assert ahead["w40"] == 40, "out of order: read when asked for"
     assert len(reads) <= 5 + large_weights.AHEAD
+
+
+def test_what_is_no_function_entry_by_entry_is_made_on_the_host() -> None:
+    with building(Block()):
+        w = ops.weight(key="w", type=Type("f32", (64, 64)))
+        scale = ops.weight(key="scale", type=Type("f32", (64,)))
+        scaled, product, turned = ops.mul(w, scale), ops.matmul(w, w), ops.transpose(w, perm=(1, 0))
+        assert large_weights.fits(scaled) and large_weights.fits(ops.concat(scaled, w, axis=-1))
+        assert large_weights.sources(ops.concat(scaled, turned, axis=0)) == ["w", "w"]
+        others = [product, ops.mul(product, scale), ops.add(w, turned), scale, ops.concat(w, product, axis=1)]
+        assert not any(map(large_weights.fits, [*others, ops.concat(w, turned, axis=1)]))
