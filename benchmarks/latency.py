@@ -59,6 +59,7 @@ def measure(case: Case, arguments: argparse.Namespace, card: tuple[float, float]
     config = ModelConfig.released(kind)
     release()
     module, policy = build(config, signature, "triton", "bf16", without=arguments.without, tune=arguments.tune)
+    release()  # before the inputs: one would keep a corner of what the weights were made in
     given = inputs_for(module)
     host = {name: x.cpu() for name, x in given.items()}
     times, memory = ours(case, module, policy, given, host, arguments.runs, card)
