@@ -8,15 +8,18 @@ bits are those of the same ops on the host: each entry is the work of its own, b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from cortexflow.errors import InputError
 from cortexflow.ir import Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.ir.interpreter import evaluate
+
+Read = Callable[[str], Tensor]
 
 SMALLEST, LARGEST = 1 << 20, 256 << 20  # bytes; a larger one would need as much room again beside its place
 SLICE = 1 << 22  # entries
@@ -36,8 +39,11 @@ def sources(v: Value) -> list[str]:
     return [key for u in _beside(v) for key in _sources(u)]
 
 
-def make(v: Value, weights: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """The value, dense but for the order of its axes: its memory goes as that of what is stored."""
+def make(v: Value, read: Read, device: torch.device) -> Tensor:
+    """The value, dense but for the order of its axes: its memory goes as that of what is stored.
+
+    Raises `InputError` for a tensor of another shape than the graph names.
+    """
     first = _first_axis(_beside(v)[0])
     order = sorted(range(len(v.type.shape)), key=lambda axis: axis != first)
     room = torch.empty([v.type.shape[i] for i in order], dtype=TORCH_DTYPES[v.type.dtype], device=device)
@@ -47,47 +53,39 @@ def make(v: Value, weights: Mapping[str, Tensor], device: torch.device) -> Tenso
     with torch.no_grad():
         for u in _beside(v):
             extent = u.type.shape[axis]
-            _fill(made.narrow(axis, at, extent), u, _OnDevice(weights, device))
+            _fill(made.narrow(axis, at, extent), u, _OnDevice(read, device))
             at += extent
     return made
 
 
-class ReadAhead(Mapping[str, Tensor]):
-    """Tensors that other threads read before they are asked for, in the order of `names`; others when asked for."""
+def read_ahead(weights: Mapping[str, Tensor], names: Iterable[str]) -> Read:
+    """Reads tensors by name, the next few of `names` in other threads before they are asked for."""
+    left, coming = deque(dict.fromkeys(names)), dict[str, Future[Tensor]]()
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
 
-    def __init__(self, weights: Mapping[str, Tensor], names: Iterable[str]) -> None:
-        self._weights, self._left = weights, deque(dict.fromkeys(names))
-        self._coming: dict[str, Future[Tensor]] = {}
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="weights")
+    def read(name: str) -> Tensor:
+        found = coming.pop(name, None)
+        while left and len(coming) < AHEAD:
+            if (following := left.popleft()) != name:
+                coming[following] = pool.submit(weights.__getitem__, following)
+        return weights[name] if found is None else found.result()
 
-    def __getitem__(self, name: str) -> Tensor:
-        found = self._coming.pop(name, None)
-        while self._left and len(self._coming) < AHEAD:
-            coming = self._left.popleft()
-            if coming != name:
-                self._coming[coming] = self._pool.submit(self._weights.__getitem__, coming)
-        return self._weights[name] if found is None else found.result()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+    return read
 
 
 class _OnDevice:
     """What one matrix is made from, on the device: tensors as they are stored, and small values."""
 
-    def __init__(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        self.weights, self.device = weights, device
+    def __init__(self, read: Read, device: torch.device) -> None:
+        self.read, self.device = read, device
         self.found: dict[Value, Tensor] = {}
 
     def stored(self, v: Value, op: Op) -> Tensor:
         if v not in self.found:
-            self.found[v] = self.weights[op.attrs["key"]].to(self.device)
+            x = self.read(op.attrs["key"])
+            if tuple(x.shape) != v.type.shape:
+                raise InputError(f"weight {op.attrs['key']!r}: expected {v.type}, found shape {tuple(x.shape)}")
+            self.found[v] = x.to(self.device)
         return self.found[v]
 
     def small(self, v: Value) -> Tensor:

@@ -90,22 +90,17 @@ def prepared(
     large = {k: f.results[k] for k, f in parts.items() if device and k in types and large_weights.fits(f.results[k])}
     rest = types.keys() - large.keys()
     asked = (large[k] for k in types if k in large and marks[k] not in there)
-    ahead = large_weights.ReadAhead(weights, (name for v in asked for name in large_weights.sources(v)))
+    read = large_weights.read_ahead(weights, (name for v in asked for name in large_weights.sources(v)))
 
     def make(key: str) -> dict[str, Tensor]:
         if key not in parts:
             return {key: weights[key].to(TORCH_DTYPES[types[key].dtype])}
         if device and key in large:
-            return {key: large_weights.make(large[key], ahead, device)}
+            return {key: large_weights.make(large[key], read, device)}
         others = (k for k in parts[key].results if k in rest and marks[k] not in there and marks[k] not in made)
         return run(_only(parts[key], {key, *others}), {}, weights)
 
-    begun: dict[int, Future[dict[str, Tensor]]] = {}
-    if device:
-        pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weights")
-        for part in sorted({id(f): f for f in parts.values()}.values(), key=lambda f: -len(f.results)):  # longest first
-            if new := [k for k in part.results if k in rest and marks[k] not in there]:
-                begun[id(part)] = pool.submit(make, new[0])
+    begun = _begun(make, parts, {k for k in rest if marks[k] not in there}) if device else {}
 
     def load(key: str) -> Tensor:
         mark = marks[key]
@@ -119,6 +114,18 @@ def prepared(
         return made.pop(mark) if known is None else made[mark]
 
     return Weights(list(types), load)
+
+
+def _begun(
+    make: Callable[[str], dict[str, Tensor]], parts: Mapping[str, Func], keys: Container[str]
+) -> dict[int, Future[dict[str, Tensor]]]:
+    """What threads make from now on, those first that make most at once, by the part that says how."""
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weights")
+    begun = {}
+    for part in sorted({id(f): f for f in parts.values()}.values(), key=lambda f: -len(f.results)):
+        if wanted := [k for k in part.results if k in keys]:
+            begun[id(part)] = pool.submit(make, wanted[0])
+    return begun
 
 
 def stages_of(module: Module) -> Module:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cortexflow import large_weights
-from cortexflow.errors import CheckpointError
+from cortexflow.errors import CheckpointError, InputError
 from cortexflow.ir import Block, Type, building, ops
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes import run_passes
@@ -73,14 +73,22 @@ def test_tensors_are_read_ahead_in_order_and_few_at_a_time() -> None:
             raise CheckpointError("w3 is damaged")
         return torch.tensor(int(name[1:]))
 
-    ahead = large_weights.ReadAhead(Weights([*names, "other"], load), names)
-    assert not reads and len(ahead) == 61 and "w5" in ahead and "w99" not in ahead
+    read = large_weights.read_ahead(Weights([*names, "other"], load), names)
+    assert not reads
     for i in range(3):
-        assert ahead[names[i]] == i
+        assert read(names[i]) == i
     with pytest.raises(CheckpointError, match="w3 is damaged"):
-        ahead["w3"]
-    assert ahead["w40"] == 40, "out of order: read when asked for"
+        read("w3")
+    assert read("w40") == 40, "out of order: read when asked for"
     assert len(reads) <= 5 + large_weights.AHEAD
+
+
+def test_a_tensor_of_another_shape_is_an_error() -> None:
+    with building(Block()):
+        v = ops.mul(ops.weight(key="w", type=Type("f32", (64, 64))), ops.weight(key="scale", type=Type("f32", (64,))))
+    given = {"w": torch.ones(64, 32), "scale": torch.ones(64)}
+    with pytest.raises(InputError, match=r"weight 'w': expected f32\[64,64\], found shape \(64, 32\)"):
+        large_weights.make(v, given.__getitem__, torch.device("cpu"))
 
 
 def test_what_is_no_function_entry_by_entry_is_made_on_the_host() -> None:
