@@ -22,12 +22,9 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large_weights, "SLICE", 777)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", [VLAModelType.PI05, VLAModelType.PI0])
-def test_same_bits(kind: VLAModelType, stored: torch.dtype, dtype: str, device: str) -> None:
-    config = ModelConfig(
+def config_of(kind: VLAModelType) -> ModelConfig:
+    """Sizes of which none is a multiple of another."""
+    return ModelConfig(
         model_type=kind,
         vision_encoder_dim=48,
         vision_num_heads=2,
@@ -44,6 +41,14 @@ def test_same_bits(kind: VLAModelType, stored: torch.dtype, dtype: str, device: 
         num_diffusion_steps=2,
         **TINY,
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [VLAModelType.PI05, VLAModelType.PI0])
+def test_same_bits(kind: VLAModelType, stored: torch.dtype, dtype: str, device: str) -> None:
+    config = config_of(kind)
     module = create_model(config).build(Signature.of(config), {"float32": "f32", "bfloat16": "bf16"}.get(dtype, "f16"))
     weights = {key: w.to(stored) for key, w in random_weights(module).items()}
     lowered, _ = run_passes(module, lambda op: False)
@@ -61,6 +66,26 @@ def test_same_bits(kind: VLAModelType, stored: torch.dtype, dtype: str, device: 
     assert len(made) > 15 and all(x.device.type == device for x in made)
     for key, x in prepare(lowered, weights)[1].items():
         assert found[key].dtype == x.dtype and torch.equal(found[key].cpu(), x), key
+
+
+@pytest.mark.parametrize("damaged", ["layers.0.mlp.gate_proj.weight", "time_mlp_in.weight", "mlp.fc1.bias"])
+def test_a_damaged_tensor_ends_in_its_error(damaged: str) -> None:
+    """Wherever it is read: ahead, or by what other threads make on the host."""
+    config = config_of(VLAModelType.PI05)
+    module = create_model(config).build(Signature.of(config), "bf16")
+    weights = random_weights(module)
+    (name, *_) = (key for key in weights if key.endswith(damaged))
+
+    def load(key: str) -> Tensor:
+        if key == name:
+            raise CheckpointError(f"{key} is damaged")
+        return weights[key]
+
+    lowered, _ = run_passes(module, lambda op: False)
+    ready = prepared(lowered, Weights(list(weights), load), device=torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        for key in ready:
+            ready[key]
 
 
 def test_tensors_are_read_ahead_in_order_and_few_at_a_time() -> None:
