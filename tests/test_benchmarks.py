@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import _gpu, _record, agreement, batches, cold_start, latency
+from benchmarks import _gpu, _record, agreement, batches, cold_start, latency, replicas
 from benchmarks._peers import REALTIME_VLA, Captured, realtime_vla_variants
 from cortexflow import compiler
 from cortexflow.codegen import find_target
@@ -182,7 +182,7 @@ def test_limits_are_judged_on_the_figures_there_are() -> None:
     assert not any("vision_encoder" in line for line in lines)
 
 
-@pytest.mark.parametrize("command", [latency.main, agreement.main, cold_start.main, batches.main])
+@pytest.mark.parametrize("command", [latency.main, agreement.main, cold_start.main, batches.main, replicas.main])
 def test_without_a_card_a_command_says_so(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")
@@ -200,6 +200,13 @@ def test_agreement_measures_the_distance_from_the_interpreter() -> None:
     far = {r["policy"]: r["relative distance"] for r in rows}
     assert far["torch target, f32"] < 1e-5 < 1e-4 < far[agreement.EAGER] < 0.1
     assert all(r["holds"] == "yes" for r in rows)
+
+
+def test_replicas_give_the_bits_of_one() -> None:
+    options = {"backend": "torch", "device": "cpu", "dtype": torch.float32, "progress": False}
+    *_, rows = replicas.measure(ModelConfig(**SMALL), ["cpu", "cpu"], 4, 2, "cpu", **options)
+    assert [r["devices"] for r in rows] == ["cpu", "cpu, cpu"] and rows[0]["times one"] == 1.0
+    assert all(r["bits of one"] and r["same bits"] == "2 of 2" and r["episodes a second"] > 0 for r in rows)
 
 
 def test_a_policy_that_is_too_far_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
