@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from cortexflow.compiler import lower
 from cortexflow.ir import Func, Module
 from cortexflow.ir.core import Block
 from cortexflow.ir.cost import func_cost
-from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
+from cortexflow.models import ModelConfig, Signature, VLAModel, VLAModelType, create_model
 from cortexflow.weights import Weights, prepare
 
 Case = tuple[VLAModelType, Signature]
@@ -58,6 +59,21 @@ def drawn(shapes: Mapping[str, tuple[int, ...]], device: str = "cuda", dtype: to
         return (x * (x[0].numel() ** -0.5 if x.ndim > 1 else 0.1)).to(dtype)
 
     return Weights(list(shapes), load)
+
+
+def on_host(config: ModelConfig, source: str = "cuda") -> VLAModel:
+    """A model with drawn weights that come from the host, as a checkpoint's do; `source` is where they are drawn."""
+    model = create_model(config)
+    made = drawn(model.get_weight_shapes(), source)
+    model.weights = Weights(list(made), lambda key: made[key].cpu())
+    return model
+
+
+def episodes(config: ModelConfig, count: int, views: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Random (pictures [count, views, size, size, 3] uint8, prompts of 5 to 47 token ids)."""
+    random, size = np.random.default_rng(0), config.image_size
+    pictures = random.integers(0, 256, (count, views, size, size, 3), dtype=np.uint8)
+    return pictures, [random.integers(3, 1000, int(n)) for n in random.integers(5, 48, count)]
 
 
 def build(

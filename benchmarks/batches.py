@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks._gpu import by_clock, drawn
+from benchmarks._gpu import by_clock, episodes, on_host
 from benchmarks._record import RESULTS, markdown, save
 from cortexflow import InferenceConfig, ModelConfig, VLAInferenceEngine
-from cortexflow.models import create_model
-from cortexflow.weights import Weights
 
 WANTED = 4.0  # times the actions a second of one episode, with eight
 VIEWS, CHUNK = 2, 10
@@ -27,17 +25,13 @@ VIEWS, CHUNK = 2, 10
 
 def engine(most: int) -> VLAInferenceEngine:
     """An engine of random weights for up to so many episodes at once."""
-    model = create_model(ModelConfig())
-    made = drawn(model.get_weight_shapes())
-    model.weights = Weights(list(made), lambda key: made[key].cpu())
+    model = on_host(ModelConfig())
     return VLAInferenceEngine(model, None, InferenceConfig(VIEWS, CHUNK, max_batch=most, discrete_state_input=False))
 
 
 def measure(policy: VLAInferenceEngine, sizes: Sequence[int], runs: int) -> Iterator[list[dict[str, Any]]]:
     """A row for each number of episodes, all rows so far after each; the first is what others are compared with."""
-    random, size = np.random.default_rng(0), policy.model_config.image_size
-    pictures = random.integers(0, 256, (max(sizes), VIEWS, size, size, 3), dtype=np.uint8)
-    prompts = [random.integers(3, 1000, int(n)) for n in random.integers(5, 48, max(sizes))]
+    pictures, prompts = episodes(policy.model_config, max(sizes), VIEWS)
     rows: list[dict[str, Any]] = []
     for b in sizes:
         times, same = by_clock(lambda b=b: torch.from_numpy(policy.predict_batch(pictures[:b], prompts[:b])), runs)

@@ -13,30 +13,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks._gpu import by_clock, drawn
+from benchmarks._gpu import by_clock, episodes, on_host
 from benchmarks._record import RESULTS, markdown, save
 from cortexflow import InferenceConfig, ModelConfig
-from cortexflow.models import create_model
 from cortexflow.replicas import ReplicatedEngine
-from cortexflow.weights import Weights
 
 WANTED = 1.9  # times the episodes a second of one, with two
 VIEWS, CHUNK = 2, 10
 
 
 def measure(
-    config: ModelConfig, devices: Sequence[str], episodes: int, runs: int, source: str = "cuda:0", **options: Any
+    config: ModelConfig, devices: Sequence[str], count: int, runs: int, source: str = "cuda:0", **options: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """A row for the first device alone and one for all, all rows so far after each; weights are drawn on `source`."""
-    model = create_model(config)
-    made = drawn(model.get_weight_shapes(), source)
-    model.weights = Weights(list(made), lambda key: made[key].cpu())
-    random, size = np.random.default_rng(0), config.image_size
-    pictures = random.integers(0, 256, (episodes, VIEWS, size, size, 3), dtype=np.uint8)
-    prompts = [random.integers(3, 100, int(n)) for n in random.integers(5, 48, episodes)]
+    model = on_host(config, source)
+    pictures, prompts = episodes(config, count, VIEWS)
     given = InferenceConfig(VIEWS, CHUNK, max_batch=1, discrete_state_input=False, **options)
     rows: list[dict[str, Any]] = []
     alone = torch.empty(0)
@@ -44,7 +37,7 @@ def measure(
         with ReplicatedEngine(model, None, given, devices=used) as engine:
             times, same = by_clock(lambda e=engine: torch.from_numpy(e.predict_batch(pictures, prompts)), runs)
             actions = torch.from_numpy(engine.predict_batch(pictures, prompts))
-        rate = 1e3 * episodes / statistics.median(times)
+        rate = 1e3 * count / statistics.median(times)
         alone = alone if rows else actions
         rows.append(
             {

@@ -25,7 +25,7 @@ SMALLEST, LARGEST = 1 << 20, 256 << 20  # bytes; a larger one would need as much
 SLICE = 1 << 22  # entries
 AHEAD, READERS = 16, 3  # tensors that are read before they are asked for, and by how many threads
 _ENTRYWISE = ("add", "sub", "mul", "div", "cast")
-_SMALL = (*_ENTRYWISE, "weight", "const", "reshape", "transpose", "slice")  # of what goes along an axis
+_SMALL = (*_ENTRYWISE, "weight", "const", "reshape", "transpose", "slice")  # what makes scales along an axis
 
 
 def fits(v: Value) -> bool:
@@ -44,17 +44,16 @@ def make(v: Value, read: Read, device: torch.device) -> Tensor:
 
     Raises `InputError` for a tensor of another shape than the graph names.
     """
-    first = _first_axis(_beside(v)[0])
+    matrices = _beside(v)
+    first = _first_axis(matrices[0])
+    assert first is not None, "see fits()"
     order = sorted(range(len(v.type.shape)), key=lambda axis: axis != first)
     room = torch.empty([v.type.shape[i] for i in order], dtype=TORCH_DTYPES[v.type.dtype], device=device)
     made = room.permute([order.index(i) for i in range(len(order))])
-    axis = v.op.attrs["axis"] if v.op is not None and v.op.name == "concat" else 0
-    at = 0
+    axis = _op(v).attrs["axis"] if len(matrices) > 1 else 0
     with torch.no_grad():
-        for u in _beside(v):
-            extent = u.type.shape[axis]
-            _fill(made.narrow(axis, at, extent), u, _OnDevice(read, device))
-            at += extent
+        for u, place in zip(matrices, made.split([u.type.shape[axis] for u in matrices], axis), strict=True):
+            _fill(place, u, first, _OnDevice(read, device))
     return made
 
 
@@ -133,9 +132,7 @@ def _sources(v: Value) -> list[str]:
     return [key for u in op.inputs if op.name == "transpose" or u.type.shape == v.type.shape for key in _sources(u)]
 
 
-def _fill(place: Tensor, v: Value, found: _OnDevice) -> None:
-    axis = _first_axis(v)
-    assert axis is not None
+def _fill(place: Tensor, v: Value, axis: int, found: _OnDevice) -> None:
     n = v.type.shape[axis]
     step = max(1, SLICE * n // v.type.size)
     for begin in range(0, n, step):

@@ -181,7 +181,10 @@ def _narrowed(func: Func) -> Func:
 
 
 def _parts(func: Func) -> dict[str, Func]:
-    """A function in parts that share no op but constants: for each result, the part that makes it."""
+    """A function in parts that share no op but constants: for each result, the part that makes it.
+
+    Without networkx, which `prepared` would load for this alone on the way to a first action.
+    """
     above: dict[Op, Op] = {}  # towards the op that stands for a part
 
     def top(op: Op) -> Op:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import _gpu, _record, agreement, batches, cold_start, latency, replicas
+from benchmarks import _gpu, _record, agreement, batches, cold_start, kernels, latency, replicas
 from benchmarks._peers import REALTIME_VLA, Captured, realtime_vla_variants
 from cortexflow import compiler
 from cortexflow.codegen import find_target
@@ -182,7 +182,22 @@ def test_limits_are_judged_on_the_figures_there_are() -> None:
     assert not any("vision_encoder" in line for line in lines)
 
 
-@pytest.mark.parametrize("command", [latency.main, agreement.main, cold_start.main, batches.main, replicas.main])
+def test_kernels_share_out_the_whole() -> None:
+    """Each lasts until the next one starts, however long it is resident."""
+    grid = {"grid": [4, 2, 1]}
+    events = [{"name": n, "ts": t, "dur": 30, "args": grid} for n, t in (("a", 0), ("b", 10), ("a", 14), ("c", 34))]
+    rows = kernels.rows_of("case", events[::-1])
+    assert [(r["kernel"], r["grid"], r["launches"], r["µs each"]) for r in rows] == [
+        *[("a", "4 x 2 x 1", 2, 15.0), ("c", "4 x 2 x 1", 1, 30.0), ("b", "4 x 2 x 1", 1, 4.0)]
+    ]
+    assert sum(r["ms in all"] for r in rows) == pytest.approx(0.064)
+    kind, signature = kernels.batched("pi05:2:10:48@8")
+    assert (kind, signature.batch, signature.prompt) == (VLAModelType.PI05, 8, 48)
+
+
+@pytest.mark.parametrize(
+    "command", [latency.main, agreement.main, cold_start.main, batches.main, replicas.main, kernels.main]
+)
 def test_without_a_card_a_command_says_so(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a card")

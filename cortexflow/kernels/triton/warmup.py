@@ -30,7 +30,7 @@ class _Dispatch:
     """PyTorch's calls without their work: views are views, what is written stays as it was, the rest is empty.
 
     Its form comes from the same call over zeros on the host. (PyTorch's `meta` device, and a mode that has this method
-    itself, would load its compiler for that, which takes 4 s.)
+    itself, would load its compiler for that: seconds, see `cold_start` in benchmarks/README.md.)
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,8 +136,8 @@ def _rehearse(launch: Callable[[], None], wanted: _Wanted) -> None:
 def compiling(launch: Callable[[], None], progress: bool, strict: bool = True) -> Iterator[None]:
     """Compile the kernels that `launch` would run, in threads, while the block runs; at its end they are there.
 
-    Triton's passes, LLVM and ptxas run outside Python's lock. An error of a compilation is raised at the end, unless
-    `strict` is off: then it comes where the kernel is launched. So is an error of `launch` itself.
+    Triton's passes, LLVM and ptxas run outside Python's lock. Errors of `launch` and of compilations are raised at the
+    end; with `strict` off a compilation's comes where the kernel is launched.
     """
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) + 1, thread_name_prefix="triton")
     wanted = _Wanted(pool, torch.cuda.current_device() if torch.cuda.is_available() else None)
