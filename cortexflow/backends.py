@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -138,8 +137,7 @@ class CompiledBackend(ComputeBackend):
         self._same_steps(num_steps)
         if any(getattr(type(self), name) is not getattr(CompiledBackend, name) for name in STAGES):
             return super().run(inputs, weights, num_steps)
-        with on_device(self.device):
-            results = self._find(inputs).executable.run(inputs)
+        results = self._find(inputs).run(inputs)
         return results["actions"] if "actions" in results else next(iter(results.values()))
 
     def vision_encoder(self, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Stage:
@@ -164,8 +162,7 @@ class CompiledBackend(ComputeBackend):
                 values.setdefault(first, inputs[earlier])
         if missing := [n for n in compiled.module.funcs[name].args if n not in values]:
             raise InputError(f"{name}: missing {', '.join(missing)}; run the stages before it first")
-        with on_device(self.device):
-            results = compiled.executable.run_stage(name, values)
+        results = compiled.run_stage(name, values)
         return next(iter(results.values())) if len(results) == 1 else results
 
     def _find(self, inputs: Mapping[str, Tensor]) -> Compiled:
@@ -192,28 +189,22 @@ class CompiledBackend(ComputeBackend):
         """One signature, over the weights that earlier ones left in `_forms` (and, prepared, in `known`)."""
         c, target = self.config, self._target
         off = frozenset() if c.use_cuda_graphs else frozenset({"cuda_graph"} & target.switches.keys())
-        with on_device(self.device):
-            return build_one(
-                self.model,
-                c.signature(self.model.config, batch, slots),
-                target,
-                self.model.weights or {},
-                self.device,
-                dtype=c.dtype,
-                without=off,
-                tune=c.tune,
-                progress=c.progress,
-                shared=Shared(known, self._forms),
-            )
+        return build_one(
+            self.model,
+            c.signature(self.model.config, batch, slots),
+            target,
+            self.model.weights or {},
+            self.device,
+            dtype=c.dtype,
+            without=off,
+            tune=c.tune,
+            progress=c.progress,
+            shared=Shared(known, self._forms),
+        )
 
 
 def _fits(compiled: Compiled, inputs: Mapping[str, Tensor]) -> bool:
     return all(tuple(inputs[n].shape) == t.shape for n, t in compiled.inputs.items() if n in inputs)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Kernels and graphs of this thread go to this GPU; nothing to do for other devices."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 # ---- the registry ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Compiled:
         plan: where each temporary lives in one arena, and the least that any plan needs.
         weight_bytes: size of the weights as prepared, those of all buckets together.
         target: the target's name.
+        device: where it runs, whichever GPU is the current one.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Compiled:
         weight_bytes: int,
         vocabulary: int | None,
         target: str,
+        device: torch.device,
     ) -> None:
         self.executable = executable
         self.module = module
@@ -51,6 +54,7 @@ class Compiled:
         self.plan = plan
         self.weight_bytes = weight_bytes
         self.target = target
+        self.device = device
         self._smaller: tuple[Compiled, ...] = ()
         self._inputs, self._vocabulary = module.inputs, vocabulary
 
@@ -75,8 +79,18 @@ class Compiled:
         Masks may be left out, prompts may be shorter than their bucket. Raises `InputError`.
         """
         bucket = self.bucket(inputs)
-        results = bucket.executable.run(bucket.check(inputs))
+        results = bucket.run(bucket.check(inputs))
         return next(iter(results.values())) if len(results) == 1 else results
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All stages on checked inputs of this signature; results by name."""
+        with on_device(self.device):
+            return self.executable.run(inputs)
+
+    def run_stage(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One stage on named tensors; results by name."""
+        with on_device(self.device):
+            return self.executable.run_stage(name, inputs)
 
     def bucket(self, inputs: Mapping[str, Any]) -> Compiled:
         """The policy of the smallest bucket with a slot for every token given; the largest where none is, or too many.
@@ -102,7 +116,7 @@ class Compiled:
             runs = []
             for _ in range(repeats + 1):
                 start = time.perf_counter()
-                results = bucket.executable.run_stage(stage.name, values)
+                results = bucket.run_stage(stage.name, values)
                 _wait(results)
                 runs.append((time.perf_counter() - start) * 1e3)
             times[stage.name] = sorted(runs[1:])[repeats // 2]
@@ -158,6 +172,11 @@ class Compiled:
         return cost_report(self.module)
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels and graphs of this thread go to this GPU; nothing to do for other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _wait(results: Mapping[str, Tensor]) -> None:
-    if any(t.is_cuda for t in results.values()):
-        torch.cuda.synchronize()
+    for device in {t.device for t in results.values() if t.is_cuda}:
+        torch.cuda.synchronize(device)

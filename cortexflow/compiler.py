@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cortexflow.checkpoints import Checkpoint, count_nonfinite, match, open_checkpoint
 from cortexflow.codegen import Executable, Target, find_target
-from cortexflow.compiled import Compiled
+from cortexflow.compiled import Compiled, on_device
 from cortexflow.errors import CheckpointError, ConfigError, InputError
 from cortexflow.ir import Module, clone, verify
 from cortexflow.models import ModelConfig, Signature, VLAModel, create_model
@@ -149,6 +149,8 @@ def build_one(
 
     `weight_bytes` of the result counts the weights of all builds that `shared.sizes` has seen.
     """
+    if device.type == "cuda" and device.index is None:  # the one that is current now, also at later calls
+        device = torch.device("cuda", torch.cuda.current_device())
     lowered, steps = lower(graph, signature, dtype, target, passes, expose=expose, weights=source, without=without)
     stages, marks = stages_of(lowered), fingerprints(lowered)
     forms = {key: shared.forms.setdefault(mark, {}) for key, mark in marks.items()}
@@ -161,7 +163,7 @@ def build_one(
         options["without"] = without & target.switches.keys()
     missing = len(set(marks.values()) - there - shared.known.keys())
     bar = tqdm(total=missing, desc="preparing weights", unit="weight", delay=1.0, leave=False, disable=not progress)
-    with bar:  # prepared when the target asks for them: it may compile kernels first, and meanwhile
+    with bar, on_device(device):  # prepared when the target asks for them: it may compile kernels first, and meanwhile
         ready = prepared(lowered, source, there=there, known=known, device=made_on, done=bar.update)
         executable = target.build(stages, ready, device, **options)
     _dump_source(executable, target, len(steps))
@@ -169,7 +171,7 @@ def build_one(
     vocabulary = None if isinstance(graph, Module) else graph.config.vocab_size
     size = sum(shared.sizes.values())
     plan = target.plan(stages, without)
-    return Compiled(executable, stages, steps, plan, size, vocabulary, target.name)
+    return Compiled(executable, stages, steps, plan, size, vocabulary, target.name, device)
 
 
 def _slots(prompt: Any) -> list[Any]:

@@ -548,6 +548,21 @@ def test_one_gpu_too_far() -> None:
         cortexflow.compile(CASE, device=f"cuda:{count}")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["torch", "triton"])
+def test_each_gpu_whichever_is_current(target: str, batch: Batch) -> None:
+    """Graphs are captured on one after the other, and called while another is the current one."""
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    made = [cortexflow.compile(CASE, target, dtype="bf16", device=device, progress=False) for device in devices]
+    results = []
+    for current in devices:
+        with torch.cuda.device(current):
+            results += [actions(found, batch.inputs) for found in made]
+    assert [str(x.device) for x in results] == devices * len(devices)
+    assert all(torch.equal(x.cpu(), results[0].cpu()) for x in results)
+    assert distance(results[0].cpu(), batch.outputs["actions"]) < 0.05
+
+
 def test_a_target_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "far_target.py").write_text("import a_library_from_afar\n")
     monkeypatch.syspath_prepend(tmp_path)

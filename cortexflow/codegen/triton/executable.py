@@ -183,7 +183,7 @@ class TritonExecutable:
             self._launch(stages)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # the default is one of the GPU that captured first
             self._launch(stages)
         return graph
 

@@ -100,7 +100,7 @@ def timed(launch: Callable[[Config], None], candidates: Sequence[Config]) -> Cal
         launch(config)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # the default is one of the GPU that captured first
             for _ in range(_LAUNCHES):
                 launch(config)
         graph.replay()
