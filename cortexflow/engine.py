@@ -23,6 +23,7 @@ from cortexflow.backends import create_backend
 from cortexflow.configuration import BackendType, InferenceConfig
 from cortexflow.episodes import (
     batch_columns,
+    join,
     network_state,
     read_bins,
     read_ids,
@@ -301,7 +302,7 @@ class VLAInferenceEngine:
         for name, one in filled[0].items():
             rows = [e[name].to(one.device) for e in filled]
             rows = [_padded(x, slots) for x in rows] if name in ("tokens", "token_mask") else rows
-            inputs[name] = torch.cat(rows) if len(rows) > 1 else rows[0]
+            inputs[name] = join(rows)
         return self._run(inputs)[:count]
 
     def _run(self, inputs: Mapping[str, Tensor]) -> Actions:

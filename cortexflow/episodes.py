@@ -78,7 +78,16 @@ def read_images(images: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         pictures.append(_unit(picture, f"observation_images[{i}]"))
     mask = torch.tensor([[picture is not None for picture in images]])
     place = next(x.device for x, there in zip(pictures, mask[0].tolist(), strict=True) if there)
-    return torch.stack([x.to(place) for x in pictures])[None], mask
+    return join([x.to(place)[None] for x in pictures])[None], mask
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one device along their first axis; on the host by this thread."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].device.type != "cpu":
+        return torch.cat(list(parts))
+    return torch.from_numpy(np.concatenate([x.numpy() for x in parts]))
 
 
 def read_pixel_values(images: Any, shape: tuple[int, ...], towers: Sequence[Tower]) -> Tensor:
@@ -102,13 +111,19 @@ def read_pixel_values(images: Any, shape: tuple[int, ...], towers: Sequence[Towe
 
 def _unit(picture: Tensor | NDArray[Any], name: str) -> Tensor:
     """8-bit pixels as `x / 255 * 2 - 1`; float pixels as float32 (their range is checked with the other inputs)."""
+    if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.device.type == "cpu":
+        picture = picture.numpy()
     if isinstance(picture, np.ndarray):
         if picture.dtype.kind not in "fu" or (picture.dtype.kind == "u" and picture.dtype != np.uint8):
             raise _wrong_dtype(name, picture.dtype)
-        # A copy: torch reads neither negative strides nor what is read-only.
-        picture = torch.from_numpy(np.array(picture, np.uint8 if picture.dtype == np.uint8 else np.float32))
+        unit = np.array(picture, np.float32)  # a copy: torch reads neither negative strides nor what is read-only
+        if picture.dtype == np.uint8:  # by this thread, in place: waking others and fresh memory are what takes time
+            unit /= np.float32(255)
+            unit *= np.float32(2)
+            unit -= np.float32(1)
+        return torch.from_numpy(unit)
     if picture.dtype == torch.uint8:
-        return picture.to(torch.float32).div_(255).mul_(2).sub_(1)  # in place: fresh memory is what takes time
+        return picture.to(torch.float32).div_(255).mul_(2).sub_(1)
     if not picture.is_floating_point():
         raise _wrong_dtype(name, picture.dtype)
     return picture.detach().to(torch.float32)

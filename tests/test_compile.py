@@ -553,14 +553,14 @@ def test_one_gpu_too_far() -> None:
 def test_each_gpu_whichever_is_current(target: str, batch: Batch) -> None:
     """Graphs are captured on one after the other, and called while another is the current one."""
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    made = [cortexflow.compile(CASE, target, dtype="bf16", device=device, progress=False) for device in devices]
+    made = [cortexflow.compile(CASE, target, device=device, progress=False) for device in devices]
     results = []
     for current in devices:
         with torch.cuda.device(current):
             results += [actions(found, batch.inputs) for found in made]
     assert [str(x.device) for x in results] == devices * len(devices)
     assert all(torch.equal(x.cpu(), results[0].cpu()) for x in results)
-    assert distance(results[0].cpu(), batch.outputs["actions"]) < 0.05
+    assert distance(results[0].cpu(), batch.outputs["actions"]) < ACTIONS
 
 
 def test_a_target_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
