@@ -303,15 +303,15 @@ def product_of(rows: int, k: int, n: int, what: str = "matmul_residual") -> list
         (16, 3072, 1024, "matmul_residual", "product.product"),  # not a power of two
         (1, 4096, 11008, "matmul_glu", "product.product"),
         (17, 2048, 1024, "matmul_residual", "warpgroup.combine"),
-        (64, 2048, 1024, "matmul_residual", "warpgroup.combine"),
-        (65, 2048, 1024, "matmul_residual", "torch.addmm"),
+        (128, 2048, 1024, "matmul_residual", "warpgroup.combine"),
+        (129, 2048, 1024, "matmul_residual", "torch.addmm"),
         (50, 2048, 1152, "matmul_residual", "torch.addmm"),  # sums are added up over rows of a power of two
         (50, 2048, 1152, "matmul", "torch.mm"),
         (50, 2048, 2304, "matmul", "warpgroup.warpgroup"),  # not split
         (50, 1152, 2304, "matmul", "torch.mm"),  # k is not in whole chunks
         (50, 1024, 4096, "matmul_glu", "warpgroup.warpgroup"),
         (50, 32768, 4096, "matmul_glu", "product.product"),
-        (65, 1024, 4096, "matmul_glu", "product.product"),
+        (129, 1024, 4096, "matmul_glu", "glu"),
         (320, 4096, 11008, "matmul_glu", "glu"),
         (560, 2048, 16384, "matmul_glu", "product.product"),
     ],

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from cortexflow.codegen.triton.claims import SCRATCH, claims
 from cortexflow.codegen.triton.program import Program
 from cortexflow.kernels.triton import segment_attention
-from tests.codegen.test_triton import WIDE, launches, observation, plan_text
+from tests.codegen.test_triton import LAYER_OF_SOME_ROWS, WIDE, launches, observation, plan_text
 from tests.models.cases import DATA
 
 
@@ -38,23 +38,29 @@ def test_attention_and_rotation_take_a_batch_in_one_launch(kind: VLAModelType, b
         assert layer.count("rope_and_cache") == 1 and not {"rope", "copy"} & {*layer}, layer
 
 
-NORMED = ["torch.mm", "segment_attention", "summed_norm", "product.product", "summed_norm"]
-PLAIN = ["torch.mm", "segment_attention", "torch.addmm", "rms_norm", "product.product", "torch.addmm"]
+NORMED = ["torch.mm", "segment_attention", "summed_norm", "torch.mm", "glu", "summed_norm"]
+PLAIN = ["torch.mm", "segment_attention", "torch.addmm", "rms_norm", "torch.mm", "glu", "torch.addmm"]
 
 
 @pytest.mark.parametrize(
     ("kind", "norm", "layer"),
     [(VLAModelType.PI05, "modulated_norm", NORMED), (VLAModelType.PI0, "rms_norm", PLAIN)],
 )
-def test_a_layer_of_eight_samples(kind: VLAModelType, norm: str, layer: list[str]) -> None:
-    """80 rows: the library's products; a gated sum is added up, and normed, in the launch behind its product."""
-    text, _ = plan_text(WIDE.with_(model_type=kind), batch=8)
+def test_a_layer_of_sixteen_samples(kind: VLAModelType, norm: str, layer: list[str]) -> None:
+    """160 rows: the library's products; a gated sum is added up, and normed, in the launch behind its product."""
+    text, _ = plan_text(WIDE.with_(model_type=kind), batch=16)
     first, second = (launches(text, "transformer_decoder", f"expert.layers.{i}") for i in range(2))
     assert first == [norm, *layer]
     assert second == layer if kind is VLAModelType.PI05 else [norm, *layer]
     sums = [line for line in text.splitlines() if line.lstrip().startswith("summed_norm(torch.mm(")]
     assert len(sums) == (4 if kind is VLAModelType.PI05 else 0)
     assert all(f"{name}=" in line for line in sums for name in ("residual", "gate", "scale", "shift"))
+
+
+@pytest.mark.parametrize(("kind", "chunk", "batch"), [(VLAModelType.PI05, 10, 8), (VLAModelType.PI0, 50, 2)])
+def test_a_layer_of_up_to_128_rows_streams_its_weights(kind: VLAModelType, chunk: int, batch: int) -> None:
+    text, _ = plan_text(WIDE.with_(model_type=kind), batch=batch, chunk=chunk)
+    assert launches(text, "transformer_decoder", "expert.layers.1") == LAYER_OF_SOME_ROWS
 
 
 def test_a_part_of_a_prefix_is_one_launch_for_all_samples() -> None:
@@ -76,8 +82,8 @@ def test_a_norm_onto_the_gate_of_its_sum_is_launched_apart() -> None:
 
 
 def gated(without: frozenset[str] = frozenset(), onto: str = "") -> list[str]:
-    """What is launched for a gated sum of 80 rows and its norm; `onto`: where the plan has the norm's result."""
-    wide = Type("bf16", (80, 1024))
+    """What is launched for a gated sum of 160 rows and its norm; `onto`: where the plan has the norm's result."""
+    wide = Type("bf16", (160, 1024))
     with function("f", x=wide, r=wide, gate=wide) as (f, [x, r, gate]):
         gate = ops.act(ops.slice_(gate, axis=0, stop=1), kind="silu")
         y = fused.matmul_gated_residual(r, x, ops.weight(key="w", type=Type("bf16", (1024, 1024))), gate)

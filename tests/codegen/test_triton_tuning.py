@@ -15,8 +15,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from cortexflow.codegen.triton import tuning
+from cortexflow.codegen.triton import configs, tuning
 from cortexflow.codegen.triton.tuning import choose, export, main, user_file
+from cortexflow.kernels.triton import product
+from cortexflow.kernels.triton.common import shared_memory
 
 CARD = "NVIDIA Imaginary 9000 (PCIe)"
 
@@ -210,6 +212,15 @@ def test_what_is_shipped_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
             kernel, version, *_ = json.loads(entry)
             assert isinstance(kernel, str) and version.count(".") == 1
             assert isinstance(result["config"], list) and result["us"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [64, 600])
+def test_gated_units_are_measured_whatever_their_size(rows: int) -> None:
+    """600 rows are more than the scratch holds for the library's product, which is then no candidate."""
+    offered = [*([configs.LIBRARY] if rows == 64 else []), product.default(rows, 16384, 256, True, shared_memory())]
+    times = configs._measure_product(offered, torch.bfloat16, rows, 16384, 256, "pairs", "bf16")
+    assert all(0 < times(config) < 1e5 for config in offered)
 
 
 @pytest.mark.gpu

@@ -180,6 +180,7 @@ STACK = {80: 0, 89: 0, 90: 0, 120: 8}  # bytes a thread, spills not among them: 
 LAUNCHES: dict[str, tuple[torch.dtype, Case]] = {
     "residual": (BF16, Case(65, 2048, 2048, bias=True, residual=True)),
     "pairs": (BF16, Case(65, 2048, 1024, None, "gelu_tanh", pairs=True)),
+    "pairs, many rows": (BF16, Case(600, 256, 1024, None, "gelu_tanh", pairs=True)),
     "patches": (BF16, Case(65, 588, 1152, bias=True)),
     "few rows": (BF16, Case(3, 2048, 1024, residual=True)),
     "few rows, pairs": (BF16, Case(3, 2048, 1024, None, "silu", pairs=True)),

@@ -8,7 +8,8 @@ from math import prod
 from cortexflow.ir.core import Op, Value
 
 FEW_ROWS = 16  # products with at most so many rows stream their weights through matrix instructions of 16 rows
-SOME_ROWS = 64  # with at most so many, through warpgroup instructions of 64
+SOME_ROWS = 64  # of one warpgroup instruction
+MORE_ROWS = 128  # products with at most so many stream them too, through one or two warpgroups
 SCRATCH = 1 << 23  # float32 entries for the parts of split products and of attention
 SHARED_BYTES = 227 * 1024  # of a block on Hopper, for which the streaming kernels are laid out
 TENSOR_CORES = ("bf16", "f16")
@@ -37,7 +38,7 @@ def streams(op: Op, x: int, w: int, glu: bool = False, norm: bool = False, modul
 
 
 def grouped(op: Op, x: int, w: int, glu: bool = False, whole: bool = False) -> bool:
-    """Whether a product suits the kernels for up to 64 rows.
+    """Whether a product suits the kernels for up to 128 rows.
 
     `whole`: rows are added up as a whole, by one program, whose extent is a power of two.
     """
@@ -50,7 +51,7 @@ def grouped(op: Op, x: int, w: int, glu: bool = False, whole: bool = False) -> b
     config = default(n, k, glu) if k % 256 == 0 and n % 64 == 0 else None
     added = whole or (config is not None and config.split > 1)
     fits = config is not None and (not added or (_power_of_two(n) and 128 <= n <= 8192))
-    return fits and FEW_ROWS < row_count(op.inputs[x]) <= SOME_ROWS
+    return fits and FEW_ROWS < row_count(op.inputs[x]) <= MORE_ROWS
 
 
 def stored(v: Value) -> bool:

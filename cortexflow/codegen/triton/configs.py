@@ -107,7 +107,6 @@ def _measure_product(
     x, bias, r = (_random(*s, dtype=dtype) for s in ((m, k), (n,), (m, n)))
     out = _random(m, n, dtype=TORCH_DTYPES[result])
     scratch = torch.empty(SCRATCH, device="cuda")
-    both = scratch.view(dtype)[: 2 * m * n].view(m, -1)
     ws = itertools.cycle([_random(k, wide, dtype=dtype) * k**-0.5 for _ in range(copies)])
     ends: dict[str, Any] = {"bias": bias} if "linear" in what else {}
     ends |= {"residual": r} if "residual" in what else {}
@@ -119,6 +118,7 @@ def _measure_product(
         if config != LIBRARY:
             product.product(x, w, out, **ends, pairs=unit, scratch=scratch, config=product.Config(*config))
         elif unit:
+            both = scratch.view(dtype)[: 2 * m * n].view(m, -1)
             torch.mm(x, w, out=both)
             glu(both, out, act, pairs=True)
         elif what == "linear_act":

@@ -78,7 +78,7 @@ def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
 
 
 def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = False) -> list[str]:
-    """A product of up to 64 rows, whole."""
+    """A product of up to 128 rows, whole."""
     k, n = w.type.shape
     config = warped(stage, op, n // (1 + glu), k, glu)
     if config.split > 1:
@@ -96,7 +96,7 @@ def _parts(stage: Stage, x: Value, w: Value, config: Any) -> list[str]:
 
 
 def _combined(stage: Stage, op: Op, out: str, r: Value, x: Value, w: Value, gate: Value | None) -> list[str]:
-    """A product of up to 64 rows added to a residual; the norm that follows comes with the addition."""
+    """A product of up to 128 rows added to a residual; the norm that follows comes with the addition."""
     k, n = w.type.shape
     config = warped(stage, op, n, k, False)
     parts = [f"self.scratch[0], rows({out}), {config.split}, residual={_flat(stage, r)}"]

@@ -1,4 +1,4 @@
-"""Products of up to 64 rows that stream their weights, by warpgroup instructions.
+"""Products of up to 128 rows that stream their weights, by warpgroup instructions.
 
 Like `streaming`, a kernel fetches its weights before it waits for the one ahead of it, here to shared
 memory, where the matrix units read them in place. The rows go from global memory straight into the
@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from cortexflow.kernels.gluon.common import activate, barrier, let_next_start, wait_for_previous
 from cortexflow.kernels.triton.common import overlaps
 
-ROWS = 64  # of one warpgroup instruction
+ROWS = 64  # of one warpgroup; more rows take two side by side, which share the weights
 MOST = 160 << 10  # bytes of shared memory for a program's weights
 
 
@@ -65,21 +65,22 @@ def default(n: int, k: int, glu: bool) -> Config | None:
 def warpgroup_kernel(
     x, w, out, M, x_row, out_row,
     N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
-    GLU: gl.constexpr, ACT: gl.constexpr,
+    ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr,
 ):  # fmt: skip
-    """out = act(x @ w.T), or with SPLIT > 1 the sums of one part of k, float32, to out [SPLIT, 64, N]."""
+    """out = act(x @ w.T), or with SPLIT > 1 the sums of one part of k, float32, to out [SPLIT, ROWS, N]."""
     let_next_start()
     PART: gl.constexpr = K // SPLIT
     CHUNKS: gl.constexpr = PART // CHUNK
     dtype: gl.constexpr = w.dtype.element_ty
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    WARPS: gl.constexpr = ROWS // 16
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     tile, part = gl.program_id(0) * COLUMNS, gl.program_id(1) * PART
 
     at_rest: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     buffer = gl.allocate_shared_memory(dtype, [CHUNKS * (1 + GLU), COLUMNS, CHUNK], at_rest)
     across: gl.constexpr = min(CHUNK // 8, 32)
-    copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+    copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [WARPS, 1], [1, 0])
     n = gl.arange(0, COLUMNS, gl.SliceLayout(1, copied))
     k = gl.arange(0, CHUNK, gl.SliceLayout(0, copied))
     place = w + (tile + n)[:, None] * K + part + k[None, :]
@@ -94,15 +95,15 @@ def warpgroup_kernel(
     loaded: gl.constexpr = gl.DistributedLinearLayout(
         registers[: 4 + (CHUNK >= 64) + (CHUNK >= 128) + (CHUNK >= 256)],
         [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
+        [[16, 0], [32, 0], [64, 0]][: 2 + (ROWS > 64)],
         [],
-        [64, CHUNK],
+        [ROWS, CHUNK],
     )
-    m = gl.arange(0, 64, gl.SliceLayout(1, loaded))
+    m = gl.arange(0, ROWS, gl.SliceLayout(1, loaded))
     k = gl.arange(0, CHUNK, gl.SliceLayout(0, loaded))
     mine = x + m[:, None] * x_row + part + k[None, :]
     inside = (m < M)[:, None]
-    acc = gl.zeros([64, COLUMNS], gl.float32, mma)
+    acc = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
     up = acc
 
     wait_for_previous()
@@ -111,7 +112,7 @@ def warpgroup_kernel(
     fence_async_shared()
     barrier()
     for c in gl.static_range(CHUNKS):
-        b = a.reshape([64, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([64, CHUNK])
+        b = a.reshape([ROWS, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, CHUNK])
         b = gl.convert_layout(b, left)
         if c + 1 < CHUNKS:
             a = gl.load(mine + (c + 1) * CHUNK, mask=inside, other=0.0)
@@ -123,11 +124,11 @@ def warpgroup_kernel(
         else:
             acc = warpgroup_mma_wait(0, [acc])
 
-    m_o = gl.arange(0, 64, gl.SliceLayout(1, mma))
+    m_o = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     n_o = tile + gl.arange(0, COLUMNS, gl.SliceLayout(0, mma))
     stored = (m_o < M)[:, None]
     if SPLIT > 1:
-        gl.store(out + (gl.program_id(1) * 64 + m_o[:, None]) * N + n_o[None, :], acc, mask=stored)
+        gl.store(out + (gl.program_id(1) * ROWS + m_o[:, None]) * N + n_o[None, :], acc, mask=stored)
     else:
         y = activate(acc, ACT)
         if GLU:
@@ -138,7 +139,7 @@ def warpgroup_kernel(
 @gluon.jit
 def combine_kernel(
     parts, out, residual, gate, normed, scale, shift, out_row, residual_row, normed_row, eps,
-    N: gl.constexpr, SPLIT: gl.constexpr, RESIDUAL: gl.constexpr, GATE: gl.constexpr,
+    N: gl.constexpr, SPLIT: gl.constexpr, ROWS: gl.constexpr, RESIDUAL: gl.constexpr, GATE: gl.constexpr,
     NORM: gl.constexpr, SCALED: gl.constexpr, SHIFTED: gl.constexpr,
 ):  # fmt: skip
     """One row: out = residual + gate * the sum of the parts, in their order; normed = norm(out) * scale + shift."""
@@ -157,7 +158,7 @@ def combine_kernel(
         before = gl.load(residual + row * residual_row + n).to(gl.float32)
     y = gl.load(parts + row * N + n)
     for p in gl.static_range(1, SPLIT):
-        y += gl.load(parts + (p * 64 + row) * N + n)
+        y += gl.load(parts + (p * ROWS + row) * N + n)
     if GATE:
         y = y * factor
     if RESIDUAL:
@@ -174,18 +175,23 @@ def combine_kernel(
         gl.store(normed + row * normed_row + n, y.to(normed.dtype.element_ty))
 
 
+def padded(m: int) -> int:
+    """Rows of a kernel's tile for m rows."""
+    return ROWS if m <= ROWS else 2 * ROWS
+
+
 def warpgroup(x: Tensor, w: Tensor, out: Tensor, *, act: str = "none", glu: bool = False, config: Config) -> None:
     """out [m, n] = act(x [m, k] @ w.T), w [n, k] in that order of k (with `glu` [2 n, k]: gate, then up rows).
 
-    m up to 64; bf16 or f16, sums in float32. Rows of x and out may be strided. With a split, out is the
-    scratch for `combine`: float32, at least split * 64 * n.
+    m up to 128; bf16 or f16, sums in float32. Rows of x and out may be strided. With a split, out is the
+    scratch for `combine`: float32, at least split * n times m as a multiple of 64.
     """
     m, k = x.shape
     n = w.shape[0] // (2 if glu else 1)
     warpgroup_kernel[(n // config.columns, config.split)](
         x, w, out, m, x.stride(0), out.stride(0),
-        N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, GLU=glu, ACT=act,
-        num_warps=4, launch_pdl=overlaps(),
+        N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, ROWS=padded(m), GLU=glu, ACT=act,
+        num_warps=padded(m) // 16, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
@@ -210,6 +216,6 @@ def combine(
     combine_kernel[(m,)](
         parts, out, some, out if gate is None else gate, more, out if scale is None else scale,
         out if shift is None else shift, out.stride(0), some.stride(0), more.stride(0), eps,
-        N=n, SPLIT=split, RESIDUAL=residual is not None, GATE=gate is not None, NORM=normed is not None,
+        N=n, SPLIT=split, ROWS=padded(m), RESIDUAL=residual is not None, GATE=gate is not None, NORM=normed is not None,
         SCALED=scale is not None, SHIFTED=shift is not None, num_warps=8 if n >= 1024 else 4, launch_pdl=overlaps(),
     )  # fmt: skip

@@ -285,6 +285,8 @@ def default(m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: in
     if m <= FEW_ROWS and itemsize == 2:  # bound by the weights' bytes: many of them in flight
         wide, hopper = 32 if pairs else 64, shared_bytes > 200 * 1024
         return Config(16, 0, wide, 128, warps=4, stages=6, swap=True) if hopper else Config(16, 0, wide, 64, warps=4)
+    if pairs and m > 512 and itemsize == 2 and shared_bytes > 224 * 1024:  # 4,480 rows: 0.92 ms against 1.07
+        return candidates(m, n, k, pairs, 1)[0]
     columns = 64 if pairs or n <= 64 else 128
     if itemsize > 2:
         return Config(64, 0, columns // 2, 16, stages=3)
