@@ -11,6 +11,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,8 @@ class VLAInferenceEngine:
         Every argument has one entry per episode, of the kind that `predict` takes; `batch_prompts` may be one
         string for all, `seed` one number for all. Equal to `predict` up to rounding: a batch runs other products.
         Up to `InferenceConfig.max_batch` episodes run at once, in a batch of the next power of two, which is
-        compiled when it is first needed; more run in groups. ONNX runs one episode at a time.
+        compiled when it is first needed; more run in groups, of which, once all batches are warm, one is read while
+        the one before runs. ONNX runs one episode at a time.
 
         Raises as `predict`, with the episode's number.
         """
@@ -172,16 +174,20 @@ class VLAInferenceEngine:
 
     def predict_columns(self, columns: Mapping[str, Sequence[Any]], first: int = 0) -> Actions:
         """`predict_batch` of checked columns (`batch_columns`); errors count the episodes from `first`."""
-        episodes = []
-        for i, entries in enumerate(zip(*columns.values(), strict=True), first):
-            try:
-                episodes.append(self._episode(*entries))
-            except (InputError, ConfigError) as error:
-                raise type(error)(f"episode {i}: {error}") from error
-        if not episodes:
-            return np.zeros((0, *self.action_shape), np.float32)
+        rows = list(enumerate(zip(*columns.values(), strict=True), first))
         limit = self._limit()
-        return np.concatenate([self._act(episodes[i : i + limit]) for i in range(0, len(episodes), limit)])
+        groups = [rows[i : i + limit] for i in range(0, len(rows), limit)]
+        if not groups:
+            return np.zeros((0, *self.action_shape), np.float32)
+        if len(groups) == 1 or self.cold_batches(len(rows)):  # a graph that is yet to be captured wants the card alone
+            episodes = [[self._numbered(*row) for row in group] for group in groups]
+            return np.concatenate([self._act(group) for group in episodes])
+        runner = ThreadPoolExecutor(1, thread_name_prefix="run")  # runs a group while the next one is read here
+        try:
+            acting = [runner.submit(self._act, [self._numbered(*row) for row in group]) for group in groups]
+            return np.concatenate([future.result() for future in acting])
+        finally:
+            runner.shutdown(cancel_futures=True)
 
     def batch_sizes(self, count: int) -> set[int]:
         """The batches in which `predict_batch` runs so many episodes."""
@@ -215,6 +221,13 @@ class VLAInferenceEngine:
         if (batch, slots) not in self._types:
             self._types[batch, slots] = self.backend.inputs(batch, slots)
         return self._types[batch, slots]
+
+    def _numbered(self, i: int, entries: Sequence[Any]) -> dict[str, Tensor]:
+        """`_episode`; errors name its number."""
+        try:
+            return self._episode(*entries)
+        except (InputError, ConfigError) as error:
+            raise type(error)(f"episode {i}: {error}") from error
 
     def _episode(
         self, images: Any, prompt: Any, state_tokens: Any, noise: Any, state: Any, seed: Any

@@ -123,6 +123,36 @@ def test_more_episodes_than_a_batch(tokenizer: Path) -> None:
     assert engine.predict_batch(images(0), []).shape == (0, CHUNK, 32)
 
 
+def test_a_group_is_read_while_the_one_before_runs(tokenizer: Path) -> None:
+    """Of an engine that is warm: the card does not wait for the host's part of the next episodes."""
+    engine = create_pi05_inference(
+        PI05, VIEWS, CHUNK, tokenizer_path=tokenizer, max_tokenize_len=48, max_batch=2, **CPU
+    )
+    prompts = [PROMPTS[i % 3] for i in range(5)]
+    expected = engine.predict_batch(images(5), prompts, seed=list(range(5)))
+    engine.warm(2)
+    read, run = threading.Event(), engine._run
+    seen: list[int] = []
+
+    def after_three_are_read(inputs: Any) -> Any:
+        assert read.wait(20), "the next group is not read"
+        return run(inputs)
+
+    def count(pictures: Any) -> Any:
+        seen.append(threading.get_ident())
+        if len(seen) == 3:
+            read.set()
+        return pictures
+
+    engine._run, engine.preprocessor = after_three_are_read, count  # type: ignore[method-assign]
+    actions = engine.predict_batch(images(5), prompts, seed=list(range(5)))
+    np.testing.assert_array_equal(actions, expected)
+    assert seen == [threading.get_ident()] * 5, "a user's function is called by the caller's thread"
+    with pytest.raises(InputError, match="episode 4: task_prompt"):
+        engine.predict_batch(images(5), [*prompts[:4], "x" * 300])
+    np.testing.assert_array_equal(engine.predict_batch(images(5), prompts, seed=list(range(5))), expected)
+
+
 def test_batches_and_buckets_share_their_weights(engine: VLAInferenceEngine) -> None:
     engine.predict_batch(images(2), PROMPTS[:2])
     made = list(engine.backend._made.values())
