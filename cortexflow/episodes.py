@@ -117,9 +117,8 @@ def _unit(picture: Tensor | NDArray[Any], name: str) -> Tensor:
         if picture.dtype.kind not in "fu" or (picture.dtype.kind == "u" and picture.dtype != np.uint8):
             raise _wrong_dtype(name, picture.dtype)
         unit = np.array(picture, np.float32)  # a copy: torch reads neither negative strides nor what is read-only
-        if picture.dtype == np.uint8:  # by this thread, in place: waking others and fresh memory are what takes time
-            unit /= np.float32(255)
-            unit *= np.float32(2)
+        if picture.dtype == np.uint8:  # in place: fresh memory takes longer than the work, and so does waking others
+            unit /= np.float32(127.5)  # the bits of x / 255 * 2, as doubling is exact
             unit -= np.float32(1)
         return torch.from_numpy(unit)
     if picture.dtype == torch.uint8:

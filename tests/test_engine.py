@@ -35,6 +35,7 @@ from cortexflow import (
 )
 from cortexflow.backends import BACKENDS, CompiledBackend, Stage
 from cortexflow.demo import random_weights, train_tokenizer, write_checkpoint
+from cortexflow.episodes import read_images
 from cortexflow.models import ModelConfig, VLAModel, create_model
 from tests.models.cases import DATA, batches, distance
 
@@ -121,6 +122,14 @@ def test_more_episodes_than_a_batch(tokenizer: Path) -> None:
     np.testing.assert_allclose(actions[4], engine.predict(images(5)[4], "go"), atol=2e-5)
     assert {batch for batch, _ in engine.backend._made} == {1, 2}
     assert engine.predict_batch(images(0), []).shape == (0, CHUNK, 32)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_levels_have_the_bits_of_their_formula(kind: Callable[[Any], Any]) -> None:
+    levels = np.arange(3 * 16 * 16, dtype=np.int64).astype(np.uint8).reshape(1, 16, 16, 3)
+    unit, _ = read_images(kind(levels), (1, 16, 16, 3))
+    expected = torch.from_numpy(levels).to(torch.float32) / 255 * 2 - 1
+    assert unit.dtype == torch.float32 and torch.equal(unit[0], expected)
 
 
 def test_a_group_is_read_while_the_one_before_runs(tokenizer: Path) -> None:
