@@ -181,6 +181,7 @@ LAUNCHES: dict[str, tuple[torch.dtype, Case]] = {
     "residual": (BF16, Case(65, 2048, 2048, bias=True, residual=True)),
     "pairs": (BF16, Case(65, 2048, 1024, None, "gelu_tanh", pairs=True)),
     "pairs, many rows": (BF16, Case(600, 256, 1024, None, "gelu_tanh", pairs=True)),
+    "pairs, many rows that are not aligned": (BF16, Case(600, 333, 451, None, "silu", True, pairs=True)),
     "patches": (BF16, Case(65, 588, 1152, bias=True)),
     "few rows": (BF16, Case(3, 2048, 1024, residual=True)),
     "few rows, pairs": (BF16, Case(3, 2048, 1024, None, "silu", pairs=True)),

@@ -245,14 +245,14 @@ def product(
     """
     m, k = x.shape
     n = out.shape[1]
-    c = config or default(m, n, k, pairs, shared_memory(), x.element_size())
     if x.stride(1) != 1 or w.stride(1) != 1:
         raise ValueError("rows of x and w must be dense")
+    x_align, w_align = _alignment(x), _alignment(w)
+    c = config or default(m, n, k, pairs, shared_memory(), x.element_size(), described=x_align == w_align == 0)
     if pairs and c.split > 1:
         raise ValueError("a product with a gated unit is not split")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
-    x_align, w_align = _alignment(x), _alignment(w)
     given: list[Any] = [x, x, w]
     if x_align == 0:
         given[:2] = [TensorDescriptor.from_tensor(x, [rows or c.rows, c.depth]) for rows in (c.rows, c.more)]
@@ -280,12 +280,18 @@ def product(
         )  # fmt: skip
 
 
-def default(m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: int = 2) -> Config:
-    """A configuration that fits a card whose blocks may have so much shared memory."""
+def default(
+    m: int, n: int, k: int, pairs: bool, shared_bytes: int, itemsize: int = 2, described: bool = True
+) -> Config:
+    """A configuration that fits a card whose blocks may have so much shared memory.
+
+    `described`: blocks arrive through tensor descriptors; pointers take registers, which large tiles need.
+    """
     if m <= FEW_ROWS and itemsize == 2:  # bound by the weights' bytes: many of them in flight
         wide, hopper = 32 if pairs else 64, shared_bytes > 200 * 1024
         return Config(16, 0, wide, 128, warps=4, stages=6, swap=True) if hopper else Config(16, 0, wide, 64, warps=4)
-    if pairs and m > 512 and itemsize == 2 and shared_bytes > 224 * 1024:  # 4,480 rows: 0.92 ms against 1.07
+    if pairs and m > 512 and itemsize == 2 and described and shared_bytes > 224 * 1024:
+        # 4,480 rows: 0.92 ms, in the tile at the end 1.07
         return candidates(m, n, k, pairs, 1)[0]
     columns = 64 if pairs or n <= 64 else 128
     if itemsize > 2:
