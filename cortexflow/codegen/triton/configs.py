@@ -55,7 +55,8 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
     if not unit and not wider and (off or dtype not in TENSOR_CORES or product.FEW_ROWS < m < 64):
         return None
     offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few else 6)
-    default: Any = product.default(m, n, k, unit, _shared_bytes())
+    described = "overlap" not in stage.program.without  # without it blocks come through pointers
+    default: Any = product.default(m, n, k, unit, _shared_bytes(), described=described)
     if not wider and (not unit or m * n <= SCRATCH):
         # of pairs, 277 rows were faster in the library (86 µs against 113), 532 and more in tiles of ours
         offered, default = [LIBRARY, *offered], default if few or (unit and not 128 < m < 512) else LIBRARY
