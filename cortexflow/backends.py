@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cortexflow.codegen import Target, find_target
 from cortexflow.codegen.target import TARGETS
-from cortexflow.compiled import Compiled
+from cortexflow.compiled import Compiled, with_index
 from cortexflow.compiler import Shared, build_one
 from cortexflow.configuration import BackendType, InferenceConfig
 from cortexflow.errors import ConfigError, InputError
@@ -289,4 +289,4 @@ def check_device(config: InferenceConfig) -> torch.device:
             "backend 'onnx' on device 'cpu': onnxruntime's CPU provider has no bfloat16; use dtype=torch.float32 "
             "(or backend=BackendType.PYTORCH, which has it)"
         )
-    return device
+    return with_index(device)

@@ -117,7 +117,8 @@ class Compiled:
             for _ in range(repeats + 1):
                 start = time.perf_counter()
                 results = bucket.run_stage(stage.name, values)
-                _wait(results)
+                if bucket.device.type == "cuda":
+                    torch.cuda.synchronize(bucket.device)
                 runs.append((time.perf_counter() - start) * 1e3)
             times[stage.name] = sorted(runs[1:])[repeats // 2]
             values |= results
@@ -177,6 +178,7 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _wait(results: Mapping[str, Tensor]) -> None:
-    for device in {t.device for t in results.values() if t.is_cuda}:
-        torch.cuda.synchronize(device)
+def with_index(device: torch.device) -> torch.device:
+    """`cuda` as the GPU that is current now, which later builds and calls then mean as well."""
+    unnamed = device.type == "cuda" and device.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if unnamed else device

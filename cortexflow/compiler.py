@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cortexflow.checkpoints import Checkpoint, count_nonfinite, match, open_checkpoint
 from cortexflow.codegen import Executable, Target, find_target
-from cortexflow.compiled import Compiled, on_device
+from cortexflow.compiled import Compiled, on_device, with_index
 from cortexflow.errors import CheckpointError, ConfigError, InputError
 from cortexflow.ir import Module, clone, verify
 from cortexflow.models import ModelConfig, Signature, VLAModel, create_model
@@ -149,8 +149,6 @@ def build_one(
 
     `weight_bytes` of the result counts the weights of all builds that `shared.sizes` has seen.
     """
-    if device.type == "cuda" and device.index is None:  # the one that is current now, also at later calls
-        device = torch.device("cuda", torch.cuda.current_device())
     lowered, steps = lower(graph, signature, dtype, target, passes, expose=expose, weights=source, without=without)
     stages, marks = stages_of(lowered), fingerprints(lowered)
     forms = {key: shared.forms.setdefault(mark, {}) for key, mark in marks.items()}
@@ -306,7 +304,7 @@ def _device(device: str | torch.device) -> torch.device:
         )
     if found.type == "meta":
         raise ConfigError("device 'meta' holds no values: a policy cannot run there; use device='cpu'")
-    return found
+    return with_index(found)
 
 
 def _dump_source(executable: Executable, target: Target, number: int) -> None:

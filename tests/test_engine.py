@@ -140,16 +140,18 @@ def test_a_group_is_read_while_the_one_before_runs(tokenizer: Path) -> None:
     prompts = [PROMPTS[i % 3] for i in range(5)]
     expected = engine.predict_batch(images(5), prompts, seed=list(range(5)))
     engine.warm(2)
-    read, run = threading.Event(), engine._run
+    running, read, run = threading.Event(), threading.Event(), engine._run
     seen: list[int] = []
 
     def after_three_are_read(inputs: Any) -> Any:
+        running.set()
         assert read.wait(20), "the next group is not read"
         return run(inputs)
 
     def count(pictures: Any) -> Any:
         seen.append(threading.get_ident())
         if len(seen) == 3:
+            assert running.wait(20), "the first group does not run"
             read.set()
         return pictures
 

@@ -291,7 +291,7 @@ def default(
         wide, hopper = 32 if pairs else 64, shared_bytes > 200 * 1024
         return Config(16, 0, wide, 128, warps=4, stages=6, swap=True) if hopper else Config(16, 0, wide, 64, warps=4)
     if pairs and m > 512 and itemsize == 2 and described and shared_bytes > 224 * 1024:
-        # 4,480 rows: 0.92 ms, in the tile at the end 1.07
+        # 4,480 rows: 0.9 ms against 1.07 (benchmarks/README.md, batches)
         return candidates(m, n, k, pairs, 1)[0]
     columns = 64 if pairs or n <= 64 else 128
     if itemsize > 2:
