@@ -157,44 +157,62 @@ def test_names_of_dtypes(dtype: Any) -> None:
     assert found.outputs["actions"].dtype == found.inputs["noise"].dtype == "f32"
 
 
-# The largest difference from float32 of openpi's PyTorch model in its bfloat16 mode, on the same files.
+# How far openpi's PyTorch model in its bfloat16 mode is from float32 on the inputs of `shifted`: the largest difference
+# of an input, as its mean over the inputs, and the root mean square of all differences. One input would not do: the
+# order in which a host adds up rounds a few results in 100,000 the other way, which is enough to move the largest
+# difference of one input by half, ours and openpi's alike. Made with openpi's commit 15a9616a, transformers 4.53.2
+# and openpi's patched files, loaded as in `benchmarks/_peers.py` but with dtype="bfloat16", PyTorch 2.13.0, one thread,
+# products by oneDNN with avx512_bf16. With PyTorch's own products, or avx2 kernels in either library, the means are
+# up to 8 % and the root mean squares up to 5 % away from these.
 EAGER_BF16 = {
-    ("pi05_tiny", "b1"): 0.041,
-    ("pi05_tiny", "b3"): 0.056,
-    ("pi05_tiny2", "b1"): 0.088,
-    ("pi05_tiny2", "b3"): 0.154,
-    ("pi0_tiny", "b1"): 0.049,
-    ("pi0_tiny", "b3"): 0.040,
-    ("pi0_tiny2", "b1"): 0.048,
-    ("pi0_tiny2", "b3"): 0.064,
+    ("pi05_tiny", "b1"): (0.0375, 0.00940),
+    ("pi05_tiny", "b3"): (0.0432, 0.00948),
+    ("pi05_tiny2", "b1"): (0.0971, 0.03113),
+    ("pi05_tiny2", "b3"): (0.1447, 0.03364),
+    ("pi0_tiny", "b1"): (0.0343, 0.01024),
+    ("pi0_tiny", "b3"): (0.0405, 0.01022),
+    ("pi0_tiny2", "b1"): (0.0588, 0.02364),
+    ("pi0_tiny2", "b3"): (0.0728, 0.02302),
 }
+SHIFTS = 32
+
+
+def shifted(inputs: Mapping[str, Tensor], by: int) -> dict[str, Tensor]:
+    """Other inputs of the same numbers, on every host the same: each sample's floats, moved on by some places."""
+    moved = {n: t.flatten(1).roll(by, 1).reshape(t.shape) for n, t in inputs.items() if t.is_floating_point()}
+    return {**inputs, **moved}
 
 
 @cache
-def narrow(case: str, name: str, dtype: str) -> tuple[Batch, Tensor]:
-    """The actions of a batch in this precision."""
+def acted(case: str, name: str, dtype: str) -> tuple[Batch, Tensor]:
+    """A batch, and the actions in this precision for it (first) and for what it becomes when shifted."""
     (given,) = (b for b in batches(DATA / case) if b.name == name)
-    return given, actions(cortexflow.compile(DATA / case, dtype=dtype, batch=given.size, progress=False), given.inputs)
+    compiled = cortexflow.compile(DATA / case, dtype=dtype, batch=given.size, progress=False)
+    return given, torch.stack([actions(compiled, shifted(given.inputs, by)) for by in range(SHIFTS)])
 
 
 @pytest.mark.parametrize(("case", "name"), EAGER_BF16)
 def test_narrow_types_stay_as_near_as_eager_ones(case: str, name: str) -> None:
-    far = {}
+    given, wanted = acted(case, name, "float32")
+    assert distance(wanted[0], given.outputs["actions"]) < ACTIONS
+    largest, square = {}, {}
     for dtype in ("bfloat16", "float16"):
-        given, found = narrow(case, name, dtype)
+        found = acted(case, name, dtype)[1]
         assert found.dtype == torch.float32
-        far[dtype] = distance(found, given.outputs["actions"])
-    assert 0 < far["bfloat16"] < 1.5 * EAGER_BF16[case, name]
-    assert 0 < far["float16"] < far["bfloat16"] / 2
+        far = (found - wanted).abs()
+        largest[dtype], square[dtype] = float(far.flatten(1).amax(1).mean()), float(far.square().mean().sqrt())
+    for ours, eager, most in zip((largest, square), EAGER_BF16[case, name], (1.25, 1.1), strict=True):
+        assert 0 < ours["bfloat16"] < most * eager
+        assert 0 < ours["float16"] < ours["bfloat16"] / 2
 
 
 def test_bfloat16_stays_near_the_reference_mode_that_keeps_vision_in_float32() -> None:
     """LeRobot's bfloat16 mode runs its image tower in float32, and so is nearer; over all cases, not by much."""
     ratios = []
     for case, name in EAGER_BF16:
-        given, found = narrow(case, name, "bfloat16")
+        given, found = acted(case, name, "bfloat16")
         wanted = given.outputs["actions"]
-        ratios.append(float((found - wanted).norm() / (given.outputs["actions_bf16_mode"] - wanted).norm()))
+        ratios.append(float((found[0] - wanted).norm() / (given.outputs["actions_bf16_mode"] - wanted).norm()))
     assert math.prod(ratios) ** (1 / len(ratios)) < 1.5, ratios
 
 

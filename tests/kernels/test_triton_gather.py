@@ -22,7 +22,10 @@ SHAPES = [(50, 24, 7), (9, 1, 1), (33, 1030, 5), (1000, 2048, 200)]  # vocabular
 def difference(
     vocabulary: int, width: int, n: int, dtype: torch.dtype, device: str = "cpu", pinned: bool = False
 ) -> float:
-    """Largest relative difference of an entry; infinite where a margin was written."""
+    """Largest difference of an entry, relative down to the smallest normal number; infinite where a margin was written.
+
+    Below that numbers are equally far apart, so that a rounding there is a larger share of the entry.
+    """
     draw = Draw(device, dtype, 0, pad=8)
     table = torch.randn(vocabulary, width + 8).to(dtype)
     table = (table.pin_memory() if pinned else table.to(device))[:, :width]
@@ -30,7 +33,7 @@ def difference(
     out = draw.poisoned(n, width)
     gather.embed(table, tokens.to(device), out, SCALE)
     wanted = table.cpu()[tokens.long()].double() * SCALE
-    far = ((out.cpu().double() - wanted).abs() / wanted.abs().clamp_min(1e-30)).max()
+    far = ((out.cpu().double() - wanted).abs() / wanted.abs().clamp_min(torch.finfo(dtype).tiny)).max()
     return far.item() if draw.contained() else float("inf")
 
 
