@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from cortexflow.codegen.triton import build
 from cortexflow.codegen.triton.claims import skinny_config
 from cortexflow.codegen.triton.executable import Layout
 from cortexflow.codegen.triton.program import Program
+from cortexflow.kernels.triton import segment_attention
 
 WIDE = ModelConfig(vision_num_layers=1, num_encoder_layers=2, num_decoder_layers=2, vocab_size=512, max_token_len=48)
 
@@ -156,6 +158,37 @@ def test_rotations_and_the_move_to_the_cache_are_one_launch() -> None:
 def test_rotations_of_a_batch_are_one_launch(angles: tuple[int, ...]) -> None:
     assert rotated(rotations(batch=3, angles=angles)) == ["rope_and_cache"]
     assert rotated(rotations(batch=3, angles=angles), frozenset({"joined"})) == ["rope", "rope"]
+
+
+def attending(change: str = "", batch: int = 1) -> Module:
+    """Queries, keys and values of one product, and their attention to a cache; `change`: what is not as it must be."""
+    rows, table, cache = 40, Type("f32", (1, 40, 128)), Type("bf16", (batch, 99, 1, 256))
+    given = {"x": Type("bf16", (batch, rows, 1024)), "c": table, "s": table, "k": cache, "v": cache}
+    with function("f", **given, m=Type("bool", (1, 1, 99 + rows))) as (f, [x, c, s, k, v, m]):
+        qkv = ops.matmul(x, ops.weight(key="w", type=Type("bf16", (1024, 2560))))
+        if change == "angles made behind the product":
+            c = ops.neg(c)
+        parts = [ops.slice_(qkv, axis=-1, start=a, stop=b) for a, b in ((0, 2048), (2048, 2304), (2304, 2560))]
+        if change == "other values":
+            parts[2] = ops.neg(parts[2])
+        own = [ops.reshape(p, shape=(batch, rows, p.type.shape[-1] // 256, 256)) for p in parts]
+        y = fused.rotated_attention_segments(own[0], k, v, *own[1:], c, s, m, scale=0.1, causal=False)
+        returns(y=y, **({"q": ops.neg(own[0])} if change == "read elsewhere" else {}))
+    return Module({"f": f})
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    "change", ["", "joined", "read elsewhere", "other values", "angles made behind the product", "another card"]
+)
+def test_a_product_rotates_what_attention_alone_reads(change: str, batch: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(segment_attention, "_has_warpgroups", lambda: change != "another card")
+    module, without = attending(change, batch), frozenset({"joined"} if change == "joined" else ())
+    text = Program(module, plan_buffers(module), without).text()
+    lines = [
+        line for line in text[text.index("def f(self)") :].splitlines() if "warpgroup(" in line or "attention(" in line
+    ]
+    assert ["turned=2304" in lines[0], "turned=True" in lines[-1]] == [not change, not change]
 
 
 def run_on_cpu(module: Module) -> None:

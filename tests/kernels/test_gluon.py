@@ -196,6 +196,38 @@ def test_warpgroup(name: str, m: int, dtype: torch.dtype) -> None:
     check(group, WARPGROUP[name], m, dtype)
 
 
+TURNED = [(2560, 1024, 128, 2304), (2048, 512, 32, 1024), (3072, 256, 64, 3072)]  # n, k, half a head, columns
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "tokens"), [(37, 37), (51, 51), (64, 16), (100, 50), (128, 128)])
+@pytest.mark.parametrize("case", TURNED, ids=str)
+def test_a_product_that_rotates_its_columns(
+    case: tuple[int, int, int, int], m: int, tokens: int, dtype: torch.dtype
+) -> None:
+    """The rotation of what it gives without; the other columns to the bit."""
+    n, k, half, turned = case
+    draw = Draw("cuda", dtype, int.from_bytes(os.urandom(4), "little"), 8)
+    x, w, config = draw.rows(m, k), draw.weight(n, k, k=k), warpgroup.default(n, k, False)
+    assert warpgroup.rotates(n, half, config)
+    stored = torch.full_like(w, float("nan"))
+    fill(stored, "interleaved", w.t().contiguous())
+    angle = torch.rand(1, tokens, half, generator=draw.generator).cuda() * 700
+    plain, found = draw.poisoned(m, n), draw.poisoned(m, n)
+    warpgroup.warpgroup(x, stored, plain, config=config)
+    warpgroup.warpgroup(x, stored, found, angles=(angle.cos(), angle.sin()), turned=turned, config=config)
+    heads = plain[:, :turned].view(m // tokens, tokens, -1, 2 * half)
+    wanted = numerics.meaning("rope", heads, angle.cos(), angle.sin()).to(dtype).reshape(m, turned)
+    assert numerics.distance(found[:, :turned], wanted) < ROUNDED_ONCE[dtype]
+    assert torch.equal(found[:, turned:], plain[:, turned:]) and draw.contained()
+    first = found.clone()
+    for _ in range(20):
+        warpgroup.warpgroup(x, stored, found, angles=(angle.cos(), angle.sin()), turned=turned, config=config)
+        assert torch.equal(found, first)
+
+
 # ---- compiled without a GPU --------------------------------------------------------------------------
 
 HELD = ["norm, wide", "plain norm", "residual and gate", "gated unit", "long rows", "longest rows"]
@@ -228,6 +260,36 @@ def test_warpgroup_fits_its_card(name: str, m: int, monkeypatch: pytest.MonkeyPa
     if case.combined:
         check_fits(combine.compile(), 90, tmp_path)
         assert combine.grid == (m,)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("m", [50, 100])
+def test_a_product_that_rotates_fits_its_card(m: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = record(warpgroup, "warpgroup_kernel", 90, monkeypatch)
+    draw, angles = Draw("cpu", BF16, 0, 16), (torch.zeros(1, m, 128), torch.zeros(1, m, 128))
+    config = warpgroup.default(2560, 1024, False)
+    assert config is not None
+    x, w, out = draw.rows(m, 1024), draw.weight(2560, 1024, k=1024), draw.poisoned(m, 2560)
+    warpgroup.warpgroup(x, w, out, angles=angles, turned=2304, config=config)
+    check_fits(recorder.compile(), 90, tmp_path)
+    check_order(recorder, "w", {"x", "cosine", "sine"}, True)
+    with pytest.raises(ValueError, match="heads of 12 entries"):
+        warpgroup.warpgroup(x, w, out, angles=(torch.zeros(1, m, 6),) * 2, turned=2304, config=config)
+
+
+def test_a_launch_fills_every_multiprocessor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """160 programs of 16 columns on 132 multiprocessors: two on each, of which 104 have nothing to do but wait."""
+    recorder, draw = record(warpgroup, "warpgroup_kernel", 90, monkeypatch), Draw("cpu", BF16, 0, 16)
+    monkeypatch.setattr(warpgroup, "processors", lambda: 132)
+    for n, k, glu, programs in ((2560, 1024, False, 264), (4096, 1024, True, 132), (1024, 4096, False, 132)):
+        config = warpgroup.default(n, k, glu)
+        assert config is not None
+        out = torch.empty(8, 64, n) if config.split > 1 else draw.poisoned(50, n)
+        warpgroup.warpgroup(
+            draw.rows(50, k), draw.weight(n * (1 + glu), k, k=k), out[0] if config.split > 1 else out,
+            glu=glu, config=config,
+        )  # fmt: skip
+        assert recorder.grid == (programs,)
 
 
 @pytest.mark.parametrize("glu", [False, True])

@@ -89,11 +89,11 @@ def expected(x: Inputs, scale: float) -> Tensor:
     return meaning("attention", q, keys, values, x.mask, scale=scale, causal=False)
 
 
-def run(x: Inputs, config: Any) -> None:
+def run(x: Inputs, config: Any, turned: bool = False) -> None:
     b, m, heads, d = x.q.shape
     size = module.scratch_size(b, m, heads, x.cached_k.shape[1], config)
     scratch = torch.full((max(size, 1),), NAN, device=x.q.device), torch.empty(0)
-    module.segment_attention(*x[:9], d**-0.5, scratch, config)
+    module.segment_attention(*x[:9], d**-0.5, scratch, config, turned)
 
 
 def measure(case: Case, config: Any, device: str, dtype: torch.dtype, seed: int) -> tuple[float, bool]:
@@ -101,6 +101,12 @@ def measure(case: Case, config: Any, device: str, dtype: torch.dtype, seed: int)
     x = draw(case, device, dtype, seed)
     run(x, config)
     return distance(x.out, expected(x, case.d**-0.5)), x.drawn.contained()
+
+
+def rotate(x: Inputs) -> None:
+    """Queries and own keys, where they stand."""
+    for t in (x.q, x.own_k):
+        t.copy_(meaning("rope", t, x.cosine, x.sine).to(t.dtype))
 
 
 SMALL: dict[str, tuple[Case, tuple[int, ...]]] = {
@@ -156,6 +162,11 @@ def test_scratch_that_is_too_small_is_refused() -> None:
     size = module.scratch_size(1, 3, 3, 21, config)
     with pytest.raises(ValueError, match=str(size)):
         module.segment_attention(*x[:9], 1.0, (torch.empty(size - 1), torch.empty(0)), config)
+
+
+def test_only_a_split_takes_what_is_rotated_already() -> None:
+    with pytest.raises(ValueError, match="rotates what it reads"):
+        run(draw(Case(3, 21, 3, 32), "cpu", F32, 0), module.FEW[0], turned=True)
 
 
 @pytest.mark.parametrize("case", LARGE.values(), ids=list(LARGE))
@@ -225,6 +236,30 @@ def test_large_cases_on_a_gpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["chunk 50", "chunk 51", "d 128, four heads", "batch of 8", "batch of 8, chunk 50", "batch of 5, odd"]
+)
+def test_what_is_rotated_already_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    """A split that finds its queries and keys rotated, against one that rotates them."""
+    case, seed = LARGE[name], int.from_bytes(os.urandom(4), "little")
+    if not module._has_warpgroups():
+        pytest.skip("warpgroup instructions are Hopper's")
+    for config in [c for c in module.SPLITS if split_attention.fits(case.m, case.heads, case.d, case.n, c)]:
+        x = draw(case, "cuda", dtype, seed)
+        wanted = expected(x, case.d**-0.5)
+        rotate(x)
+        run(x, config, turned=True)
+        assert distance(x.out, wanted) < TOLERANCE[dtype], f"{config}, seed {seed}"
+        assert x.drawn.contained()
+        first = x.out.clone()
+        for _ in range(20):
+            x.out.fill_(NAN)
+            run(x, config, turned=True)
+            assert torch.equal(x.out, first), config
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", SMALL)
 def test_small_cases_on_a_gpu(name: str) -> None:
     case, tiles = SMALL[name]
@@ -240,11 +275,11 @@ BUILDS += [(b, 50, 968, 256, arch) for b in (1, 8) for arch in (89, 90)] + [(3, 
 
 
 def record(
-    case: Case, config: Any, arch: int, monkeypatch: pytest.MonkeyPatch, room: Any, *kernels: str
+    case: Case, config: Any, arch: int, monkeypatch: pytest.MonkeyPatch, room: Any, *kernels: str, turned: bool = False
 ) -> list[Recorder]:
     """What a call would launch on an architecture."""
     recorders = [builds.record(room, kernel, arch, monkeypatch) for kernel in kernels]
-    run(draw(case, "cpu", BF16, 0), config)
+    run(draw(case, "cpu", BF16, 0), config, turned)
     return recorders
 
 
@@ -266,11 +301,14 @@ SPLIT = [(Case(50, 968), 0), (Case(50, 968), 1), (Case(10, 560), 2), (Case(9, 40
 SPLIT += [(case._replace(b=8), place) for case, place in SPLIT]
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("case", "place"), SPLIT)
-def test_a_split_fits_a_hopper_card(case: Case, place: int, cache: None, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_split_fits_a_hopper_card(
+    case: Case, place: int, turned: bool, cache: None, tmp_path: Path, monkeypatch: Any
+) -> None:
     config = module.SPLITS[place]
     assert split_attention.fits(case.m, case.heads, case.d, case.n, config)
-    for launch in record(case, config, 90, monkeypatch, split_attention, "part_kernel", "add_kernel"):
+    for launch in record(case, config, 90, monkeypatch, split_attention, "part_kernel", "add_kernel", turned=turned):
         built = launch.compile()
         check_fits(built, 90, tmp_path)
         around_wait(built, 90)

@@ -52,6 +52,8 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
 
     unit, wider, few = what == "pairs", result != dtype, m <= product.FEW_ROWS
     off = "epilogues" in stage.program.without or (few and "streaming" in stage.program.without)
+    if dtype == "f32" and not off and product.FEW_ROWS < m <= product.SOME_ROWS:
+        return product.default(m, n, k, unit, _shared_bytes(), 4)
     if not unit and not wider and (off or dtype not in TENSOR_CORES or product.FEW_ROWS < m < 64):
         return None
     offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few else 6)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from typing import NamedTuple
 
 from cortexflow.codegen.torch import RULES as TORCH_RULES
 from cortexflow.codegen.triton.chains import find_chains
 from cortexflow.codegen.triton.claims import has_table
-from cortexflow.codegen.triton.rules import RULES
+from cortexflow.codegen.triton.rules import RULES, turns
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import SOURCES, Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -71,6 +72,7 @@ class Stage:
         self.done: set[Op] = set()  # launched together with an op before
         self.rotated = {} if "joined" in program.without else joined_rotations(func.block, program.plan)
         self.done |= {op for joined in self.rotated.values() for op in joined.ops}
+        self.turned = {} if "joined" in program.without else turned_products(self, func.block)
         self.chains = {} if "chains" in program.without else find_chains(func.block, program.plan)
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
         self.branches = {branch.ops[0]: branch for branch in program.plan.branches}
@@ -302,14 +304,39 @@ def joined_rotations(block: Block, plan: Plan, step: Value | None = None) -> dic
             moves, moved, ops = (keys, before), before.out, (keys, before)
         else:
             continue
-        parts = [_columns(queries.inputs[0]), _columns(keys.inputs[0]), _columns(moved)]
-        if None in parts:
-            continue
-        (base, q, heads), (other, k, groups), (last, v, width) = parts  # type: ignore[misc]
-        whole = (q, k, v) == (0, heads, heads + groups) and base.type.shape[-1] == heads + groups + width
-        if base is other is last and whole and groups == width and len(base.type.shape) == 3:
+        base = _whole(queries.inputs[0], keys.inputs[0], moved)
+        if base and len(base.type.shape) == 3 and keys.out.type.size == moved.type.size:
             found[queries] = Joined(base, moves, ops, keys.out.type.shape)
     return found
+
+
+def turned_products(stage: Stage, block: Block) -> dict[Op, Op]:
+    """By each other: attention that can take rotated queries and keys, and the product that can rotate its columns."""
+    found: dict[Op, Op] = {}
+    for op in block.ops:
+        if op.body:
+            found |= turned_products(stage, op.body)
+        if op.name != "fused.rotated_attention_segments":
+            continue
+        given = (op.inputs[0], *op.inputs[3:5])
+        base = _whole(*given)
+        if base is None or base.op not in block.ops or not turns(stage, base.op, op):
+            continue
+        between = {w for v in given for w in (v, v.op and v.op.inputs[0])} - {base}  # views that nobody else may read
+        reads = [v for other in block.walk() for v in other.inputs if v is base or v in between]
+        ahead = block.ops[: block.ops.index(base.op)]
+        if len(reads) == len(between) + 3 and all(v.op in ahead or v.op not in block.ops for v in op.inputs[5:7]):
+            found |= {op: base.op, base.op: op}
+    return found
+
+
+def _whole(*values: Value) -> Value | None:
+    """The matrix whose columns these values are, one behind the other."""
+    parts = [part for v in values if (part := _columns(v))]
+    ends = list(accumulate(width for _, _, width in parts))
+    base = parts[0][0] if len(parts) == len(values) else None
+    whole = base and [begin for _, begin, _ in parts] == [0, *ends[:-1]] and base.type.shape[-1] == ends[-1]
+    return base if whole and all(b is base for b, _, _ in parts) else None
 
 
 def _columns(v: Value) -> tuple[Value, int, int] | None:

@@ -88,14 +88,60 @@ def _rotated(x1, x2, c, s, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _rotate(
+    q, own_k, own_v, cosine, sine, q1, q2, k1, k2, values, tile, own, d, k_there, v_there, q_token, k_token,
+    M: gl.constexpr, HEADS: gl.constexpr, OWN: gl.constexpr, half: gl.constexpr, full: gl.constexpr,
+):  # fmt: skip
+    """Rotated queries and own keys to their places, with the own values, behind all copies that are under way."""
+    HALF: gl.constexpr = q1.shape[1]
+    D: gl.constexpr = 2 * HALF
+    TOKENS: gl.constexpr = 64 // HEADS
+    dtype: gl.constexpr = q1.dtype
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    cosines = gl.allocate_shared_memory(gl.float32, [OWN, HALF], plain)
+    sines = gl.allocate_shared_memory(gl.float32, [OWN, HALF], plain)
+    own1 = gl.allocate_shared_memory(dtype, [OWN, HALF], plain)
+    own2 = gl.allocate_shared_memory(dtype, [OWN, HALF], plain)
+    own3 = gl.allocate_shared_memory(dtype, [OWN, D], plain)
+    triple: gl.constexpr = _heads(TOKENS, HALF)
+    pair: gl.constexpr = gl.SliceLayout(1, triple)
+    t = tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, gl.SliceLayout(2, triple)))
+    h = gl.arange(0, HEADS, gl.SliceLayout(0, gl.SliceLayout(2, triple)))
+    e = gl.arange(0, HALF, gl.SliceLayout(0, pair))
+    place = q + t[:, None, None] * q_token + h[None, :, None] * D + e[None, None, :]
+    t = tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, pair))
+    q_angle = t[:, None] * HALF + e[None, :]
+    q_there = (t < M)[:, None]
+    async_copy.async_copy_global_to_shared(own1, own_k + own * k_token + d, mask=k_there)
+    async_copy.async_copy_global_to_shared(own2, own_k + own * k_token + d + HALF, mask=k_there)
+    async_copy.async_copy_global_to_shared(cosines, cosine + own * HALF + d, mask=k_there)
+    async_copy.async_copy_global_to_shared(sines, sine + own * HALF + d, mask=k_there)
+    async_copy.async_copy_global_to_shared(own3, own_v, mask=v_there)
+    async_copy.commit_group()
+    x1 = gl.load(place, mask=q_there[:, None, :], other=0.0)
+    x2 = gl.load(place + HALF, mask=q_there[:, None, :], other=0.0)
+    qc = gl.load(cosine + q_angle, mask=q_there, other=0.0)
+    qs = gl.load(sine + q_angle, mask=q_there, other=0.0)
+    async_copy.wait_group(0)
+    barrier()  # also keeps the compiler from moving loads down to where their values are used
+    x1, x2 = _rotated(x1, x2, qc[:, None, :], qs[:, None, :], dtype)
+    q1.store(x1.reshape([64, HALF]))
+    q2.store(x2.reshape([64, HALF]))
+    y1, y2 = _rotated(own1.load(half), own2.load(half), cosines.load(half), sines.load(half), dtype)
+    k1.slice(0, OWN, 0).store(y1)
+    k2.slice(0, OWN, 0).store(y2)
+    values.slice(0, OWN, 0).store(own3.load(full))
+
+
+@gluon.jit
 def part_kernel(
     q, own_k, own_v, cached_k, cached_v, cosine, sine, mask, partial, stats,
     q_token, k_token, v_token, key_token, value_token, mask_row,
     q_sample, k_sample, v_sample, key_sample, value_sample, mask_sample, angle_sample, SCALE: gl.constexpr,
     M: gl.constexpr, PREFIX: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    PARTS: gl.constexpr, PADDED: gl.constexpr, BATCHED: gl.constexpr, OWN: gl.constexpr,
+    PARTS: gl.constexpr, PADDED: gl.constexpr, BATCHED: gl.constexpr, OWN: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    """One block: 64 rows and one part of the keys of a sample.
+    """One block: 64 rows and one part of the keys of a sample; TURNED where queries and own keys are rotated already.
 
     To partial [b, PARTS, PADDED, D] and f32 stats [b, 2, PARTS, PADDED]. Within 32 columns those of `partial` are in
     the order of a thread's accumulators: 16 bytes at once.
@@ -144,26 +190,10 @@ def part_kernel(
     q2 = gl.allocate_shared_memory(dtype, [64, HALF], at_rest)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     marks = gl.allocate_shared_memory(gl.float32, [TOKENS, KEYS], plain)
-    cosines = gl.allocate_shared_memory(gl.float32, [OWN, HALF], plain)
-    sines = gl.allocate_shared_memory(gl.float32, [OWN, HALF], plain)
-    own1 = gl.allocate_shared_memory(dtype, [OWN, HALF], plain)
-    own2 = gl.allocate_shared_memory(dtype, [OWN, HALF], plain)
-    own3 = gl.allocate_shared_memory(dtype, [OWN, D], plain)
-
-    triple: gl.constexpr = _heads(TOKENS, HALF)
-    pair: gl.constexpr = gl.SliceLayout(1, triple)
-    t = tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, gl.SliceLayout(2, triple)))
-    h = gl.arange(0, HEADS, gl.SliceLayout(0, gl.SliceLayout(2, triple)))
-    d = gl.arange(0, HALF, gl.SliceLayout(0, pair))
-    q += t[:, None, None] * q_token + h[None, :, None] * D + d[None, None, :]
-    t = tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, pair))
-    q_angle = t[:, None] * HALF + d[None, :]
-    q_there = (t < M)[:, None]
     i = gl.arange(0, OWN, gl.SliceLayout(1, half))
     k_there = ((i < MINE) & (part * MINE + i < M))[:, None]
     d = gl.arange(0, HALF, gl.SliceLayout(0, half))[None, :]
-    own_k += (part * MINE + i)[:, None] * k_token + d
-    k_angle = (part * MINE + i)[:, None] * HALF + d
+    own = (part * MINE + i)[:, None]
     i = gl.arange(0, OWN, gl.SliceLayout(1, full))
     v_there = ((i < MINE) & (part * MINE + i < M))[:, None]
     own_v += (part * MINE + i)[:, None] * v_token + gl.arange(0, D, gl.SliceLayout(0, full))[None, :]
@@ -178,25 +208,27 @@ def part_kernel(
     wait_for_previous()
 
     seen = gl.load(mask, mask=there & (t < M)[:, None], other=0)
-    async_copy.async_copy_global_to_shared(own1, own_k, mask=k_there)
-    async_copy.async_copy_global_to_shared(own2, own_k + HALF, mask=k_there)
-    async_copy.async_copy_global_to_shared(cosines, cosine + k_angle, mask=k_there)
-    async_copy.async_copy_global_to_shared(sines, sine + k_angle, mask=k_there)
-    async_copy.async_copy_global_to_shared(own3, own_v, mask=v_there)
-    async_copy.commit_group()
-    x1 = gl.load(q, mask=q_there[:, None, :], other=0.0)
-    x2 = gl.load(q + HALF, mask=q_there[:, None, :], other=0.0)
-    qc = gl.load(cosine + q_angle, mask=q_there, other=0.0)
-    qs = gl.load(sine + q_angle, mask=q_there, other=0.0)
-    async_copy.wait_group(0)
-    barrier()  # also keeps the compiler from moving loads down to where their values are used
-    x1, x2 = _rotated(x1, x2, qc[:, None, :], qs[:, None, :], dtype)
-    q1.store(x1.reshape([64, HALF]))
-    q2.store(x2.reshape([64, HALF]))
-    y1, y2 = _rotated(own1.load(half), own2.load(half), cosines.load(half), sines.load(half), dtype)
-    k1.slice(0, OWN, 0).store(y1)
-    k2.slice(0, OWN, 0).store(y2)
-    values.slice(0, OWN, 0).store(own3.load(full))
+    if TURNED:
+        row = gl.arange(0, 64, gl.SliceLayout(1, half))
+        t = tile * TOKENS + row // HEADS
+        q += t[:, None] * q_token + (row % HEADS)[:, None] * D + d
+        own_k += own * k_token + d
+        async_copy.async_copy_global_to_shared(q1, q, mask=(t < M)[:, None])
+        async_copy.async_copy_global_to_shared(q2, q + HALF, mask=(t < M)[:, None])
+        async_copy.commit_group()
+        y1 = gl.load(own_k, mask=k_there, other=0.0)
+        y2 = gl.load(own_k + HALF, mask=k_there, other=0.0)
+        y3 = gl.load(own_v, mask=v_there, other=0.0)
+        async_copy.wait_group(0)
+        barrier()
+        k1.slice(0, OWN, 0).store(y1)
+        k2.slice(0, OWN, 0).store(y2)
+        values.slice(0, OWN, 0).store(y3)
+    else:
+        _rotate(
+            q, own_k, own_v, cosine, sine, q1, q2, k1, k2, values, tile, own, d, k_there, v_there,
+            q_token, k_token, M, HEADS, OWN, half, full,
+        )  # fmt: skip
     # added to the logits: nothing where the key is seen, and where it is not so much that it counts for nothing
     marks.store(gl.where(there, gl.where(seen != 0, 0.0, -1.0e30), -3.0e38))
     fence_async_shared()
@@ -288,13 +320,14 @@ def split_attention(
     scale: float,
     scratch: Tensor,
     config: Split,
+    turned: bool = False,
 ) -> None:
     """out [b, m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
 
     q [b, m, heads, d], own k and v [b, m, 1, d], cache [b, n, 1, d] (rotated), angles f32 [1|b, m, d/2], dense, mask
     bool [1|b, 1|m, n + m]; 16-bit floats of one dtype, where `fits`. Samples and tokens may be strided by a multiple
     of 8, the heads of one are contiguous. `scratch`, float32, has b · `scratch_size` numbers; it needs no initial
-    value.
+    value. `turned`: q and own k are rotated already.
     """
     b, m, heads, d = q.shape
     n = cached_k.shape[1]
@@ -307,8 +340,8 @@ def split_attention(
         q.stride(1), own_k.stride(1), own_v.stride(1), cached_k.stride(1), cached_v.stride(1),
         mask.stride(1) if mask.shape[1] > 1 else 0,
         *map(per_sample, (q, own_k, own_v, cached_k, cached_v, mask, cosine)),
-        SCALE=scale * math.log2(math.e), PREFIX=n, KEYS=config.keys, OWN=OWN, **shape, num_warps=4,
-        launch_pdl=overlaps(),
+        SCALE=scale * math.log2(math.e), PREFIX=n, KEYS=config.keys, OWN=OWN, TURNED=turned,
+        **shape, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
     add_kernel[(triton.cdiv(m * heads, config.rows), b)](
         partial, stats, out, out.stride(1), per_sample(out), ROWS=config.rows, **shape, num_warps=config.rows,

@@ -9,12 +9,17 @@ in the order in which such loads arrive, once, when they are prepared: within a 
 
 Where columns are few, k is split over programs: each writes its sums to a scratch, and `combine`, one
 program a row, adds them in their order, with gate, residual, and the norm that follows.
+
+Programs of several kernels share a multiprocessor, each waiting for the kernel ahead. One that had room for
+two programs of a kernel, while others wait with one, would hold up all that follow; so a launch has as many
+programs as fill every multiprocessor alike, and those without columns wait and end.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cortexflow.kernels.gluon.common import activate, barrier, let_next_start, wait_for_previous
-from cortexflow.kernels.triton.common import overlaps
+from cortexflow.kernels.triton.common import overlaps, processors
 
 ROWS = 64  # of one warpgroup; more rows take two side by side, which share the weights
 MOST = 160 << 10  # bytes of shared memory for a program's weights
@@ -63,31 +68,54 @@ def default(n: int, k: int, glu: bool) -> Config | None:
 
 @gluon.jit
 def warpgroup_kernel(
-    x, w, out, M, x_row, out_row,
+    x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
     N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
-    ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr,
+    ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
-    """out = act(x @ w.T), or with SPLIT > 1 the sums of one part of k, float32, to out [SPLIT, ROWS, N]."""
+    """out = act(x @ w.T), or with SPLIT > 1 the sums of one part of k, float32, to out [SPLIT, ROWS, N].
+
+    With HALF, half a head: the first TURNED columns are rotated by row m % ANGLES of the angles.
+    """
     let_next_start()
+    if gl.program_id(0) < N // COLUMNS * SPLIT:
+        _product(
+            x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
+            N, K, COLUMNS, SPLIT, CHUNK, ROWS, GLU, ACT, HALF, TURNED,
+        )  # fmt: skip
+    else:
+        wait_for_previous()  # meanwhile its memory is taken
+
+
+@gluon.jit
+def _product(
+    x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
+    N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
+    ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr, TURNED: gl.constexpr,
+):  # fmt: skip
+    """What a program with columns does."""
     PART: gl.constexpr = K // SPLIT
     CHUNKS: gl.constexpr = PART // CHUNK
     dtype: gl.constexpr = w.dtype.element_ty
     WARPS: gl.constexpr = ROWS // 16
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    tile, part = gl.program_id(0) * COLUMNS, gl.program_id(1) * PART
+    tile, slice_of_k = gl.program_id(0) % (N // COLUMNS) * COLUMNS, gl.program_id(0) // (N // COLUMNS)
+    part = slice_of_k * PART
 
     at_rest: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     buffer = gl.allocate_shared_memory(dtype, [CHUNKS * (1 + GLU), COLUMNS, CHUNK], at_rest)
     across: gl.constexpr = min(CHUNK // 8, 32)
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [WARPS, 1], [1, 0])
     n = gl.arange(0, COLUMNS, gl.SliceLayout(1, copied))
+    if HALF:  # 8 columns of the first half of a head, and those that they are rotated with
+        tile = tile // (2 * HALF) * (2 * HALF) + tile % (2 * HALF) // 2
+        n = gl.where(n < 8, n, n - 8 + HALF)
     k = gl.arange(0, CHUNK, gl.SliceLayout(0, copied))
     place = w + (tile + n)[:, None] * K + part + k[None, :]
-    for c in gl.static_range(CHUNKS):
-        async_copy.async_copy_global_to_shared(buffer.index(c), place + c * CHUNK)
+    for i in gl.static_range(CHUNKS):
+        async_copy.async_copy_global_to_shared(buffer.index(i), place + i * CHUNK)
         if GLU:
-            async_copy.async_copy_global_to_shared(buffer.index(CHUNKS + c), place + N * K + c * CHUNK)
+            async_copy.async_copy_global_to_shared(buffer.index(CHUNKS + i), place + N * K + i * CHUNK)
     async_copy.commit_group()
 
     # A thread: 8 neighbours along k, of every block of 32, in rows 8 apart.
@@ -107,19 +135,27 @@ def warpgroup_kernel(
     up = acc
 
     wait_for_previous()
+    if HALF:
+        pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
+        m_p = gl.arange(0, ROWS, gl.SliceLayout(1, pairs))
+        n_p = tile + gl.arange(0, 8, gl.SliceLayout(0, pairs))
+        angle = (m_p % ANGLES)[:, None] * HALF + (n_p % (2 * HALF))[None, :]
+        turned = (m_p < M)[:, None] & (tile < TURNED)
+        c = gl.load(cosine + angle, mask=turned, other=1.0)
+        s = gl.load(sine + angle, mask=turned, other=0.0)
     a = gl.load(mine, mask=inside, other=0.0)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
-    for c in gl.static_range(CHUNKS):
+    for i in gl.static_range(CHUNKS):
         b = a.reshape([ROWS, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, CHUNK])
         b = gl.convert_layout(b, left)
-        if c + 1 < CHUNKS:
-            a = gl.load(mine + (c + 1) * CHUNK, mask=inside, other=0.0)
+        if i + 1 < CHUNKS:
+            a = gl.load(mine + (i + 1) * CHUNK, mask=inside, other=0.0)
             barrier()  # keeps the compiler from moving these loads behind the products
-        acc = warpgroup_mma(b, buffer.index(c).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma(b, buffer.index(i).permute([1, 0]), acc, is_async=True)
         if GLU:
-            up = warpgroup_mma(b, buffer.index(CHUNKS + c).permute([1, 0]), up, is_async=True)
+            up = warpgroup_mma(b, buffer.index(CHUNKS + i).permute([1, 0]), up, is_async=True)
             acc, up = warpgroup_mma_wait(0, [acc, up])
         else:
             acc = warpgroup_mma_wait(0, [acc])
@@ -127,8 +163,14 @@ def warpgroup_kernel(
     m_o = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
     n_o = tile + gl.arange(0, COLUMNS, gl.SliceLayout(0, mma))
     stored = (m_o < M)[:, None]
-    if SPLIT > 1:
-        gl.store(out + (gl.program_id(1) * ROWS + m_o[:, None]) * N + n_o[None, :], acc, mask=stored)
+    if HALF:  # rounded first, as where the rotation is a launch of its own
+        first, second = acc.to(dtype).to(gl.float32).reshape([ROWS, 2, 8]).permute([0, 2, 1]).split()
+        first, second = gl.convert_layout(first, pairs), gl.convert_layout(second, pairs)
+        place_p = out + m_p[:, None] * out_row + n_p[None, :]
+        gl.store(place_p, (first * c - second * s).to(dtype), mask=(m_p < M)[:, None])
+        gl.store(place_p + HALF, (second * c + first * s).to(dtype), mask=(m_p < M)[:, None])
+    elif SPLIT > 1:
+        gl.store(out + (slice_of_k * ROWS + m_o[:, None]) * N + n_o[None, :], acc, mask=stored)
     else:
         y = activate(acc, ACT)
         if GLU:
@@ -180,19 +222,41 @@ def padded(m: int) -> int:
     return ROWS if m <= ROWS else 2 * ROWS
 
 
-def warpgroup(x: Tensor, w: Tensor, out: Tensor, *, act: str = "none", glu: bool = False, config: Config) -> None:
+def warpgroup(
+    x: Tensor,
+    w: Tensor,
+    out: Tensor,
+    *,
+    act: str = "none",
+    glu: bool = False,
+    angles: tuple[Tensor, Tensor] | None = None,
+    turned: int = 0,
+    config: Config,
+) -> None:
     """out [m, n] = act(x [m, k] @ w.T), w [n, k] in that order of k (with `glu` [2 n, k]: gate, then up rows).
 
     m up to 128; bf16 or f16, sums in float32. Rows of x and out may be strided. With a split, out is the
-    scratch for `combine`: float32, at least split * n times m as a multiple of 64.
+    scratch for `combine`: float32, at least split * n times m as a multiple of 64. `angles`, cosines and sines
+    f32 [1|b, t, d/2], dense, m = b t: the first `turned` columns are heads of d entries, whose halves are rotated once
+    they are rounded; for a product that is not split, 16 columns a program, n a multiple of d.
     """
     m, k = x.shape
     n = w.shape[0] // (2 if glu else 1)
-    warpgroup_kernel[(n // config.columns, config.split)](
-        x, w, out, m, x.stride(0), out.stride(0),
+    half = angles[0].shape[-1] if angles else 0
+    if angles and not rotates(n, half, config):
+        raise ValueError(f"heads of {2 * half} entries are not rotated in a product of {n} columns by {config}")
+    cosine, sine = angles or (x, x)
+    turns = triton.cdiv(n // config.columns * config.split, processors())
+    warpgroup_kernel[(turns * processors(),)](
+        x, w, out, cosine, sine, m, x.stride(0), out.stride(0), cosine.numel() // half if half else 1,
         N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, ROWS=padded(m), GLU=glu, ACT=act,
-        num_warps=padded(m) // 16, launch_pdl=overlaps(),
+        HALF=half, TURNED=turned, num_warps=padded(m) // 16, launch_pdl=overlaps(),
     )  # fmt: skip
+
+
+def rotates(n: int, half: int, config: Config | None) -> bool:
+    """Whether a product of n columns can rotate heads of 2 · half entries."""
+    return config is not None and config.split == 1 and config.columns == 16 and half % 8 == 0 and n % (2 * half) == 0
 
 
 def combine(

@@ -25,6 +25,14 @@ def _launches_early() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
+@cache
+def processors() -> int:
+    """Multiprocessors of the card; without one, of an H100."""
+    if not torch.cuda.is_available():
+        return 132
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
 def per_sample(x: Tensor) -> int:
     """Entries from one sample of x [b, ...] to the next; 0 where there is one, which all samples of a batch share."""
     return x.stride(0) if x.shape[0] > 1 else 0
