@@ -107,15 +107,15 @@ def check_fits(built: Any, arch: int, folder: Path, stack: int = 0) -> None:
         assert int(found[2]) <= stack
 
 
-def around_wait(built: Any, arch: int) -> tuple[str, str]:
+def around_wait(built: Any, arch: int, late: bool = False) -> tuple[str, str]:
     """A launch's PTX until it waits for the kernel ahead, and behind that; empty where the card does not overlap.
 
-    The next kernel may start first of all.
+    The next kernel may start first of all; `late`: only when the products are done.
     """
     code = built.asm["ptx"]
     if arch < OVERLAP:
         assert "griddepcontrol" not in code
         return "", ""
     start, wait = code.index("griddepcontrol.launch_dependents"), code.index("griddepcontrol.wait")
-    assert start < wait and not re.search(ACCESS, code[:start])
+    assert code.rindex("mma") < start if late else start < wait and not re.search(ACCESS, code[:start])
     return code[:wait], code[wait:]

@@ -301,7 +301,7 @@ def test_default_configs_divide_and_fit(glu: bool) -> None:
             config = warpgroup.default(n, k, glu)
             if config is None:
                 continue
-            columns, split, chunk = config
+            columns, split, chunk, _ = config
             assert n % columns == 0 and columns % 8 == 0 and k % (split * chunk) == 0 and (split == 1 or not glu)
             assert (1 + glu) * columns * k // split * 2 <= SHARED[90] and split * 128 * n <= SCRATCH
             made += 1

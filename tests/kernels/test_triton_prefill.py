@@ -490,7 +490,7 @@ def test_launches_fit_their_card(launch: str, arch: int, monkeypatch: pytest.Mon
 def test_kernels_let_the_next_start_before_they_wait(launch: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = record(launch, arch, monkeypatch)
     assert recorder.options["launch_pdl"] is (arch >= OVERLAP)
-    ahead, _ = around_wait(recorder.compile(), arch)
+    ahead, _ = around_wait(recorder.compile(), arch, late=launch.startswith("attention"))
     assert not re.search(ACCESS, ahead), "reads or writes before it waits"
 
 

@@ -43,34 +43,37 @@ class Config(NamedTuple):
     Attributes:
         columns: of a program (with a gated unit, as many of gate and of up).
         split: parts of k in programs of their own.
-        chunk: of k, whose fragments are loaded at once while those before are multiplied.
+        chunk: of k, whose fragments are loaded and multiplied at once.
+        ahead: chunks that are loaded or under way.
     """
 
     columns: int
     split: int
     chunk: int
+    ahead: int = 2
 
 
 def default(n: int, k: int, glu: bool) -> Config | None:
-    """A config for w [n, k] (gate alone, with a gated unit), as measured on an H100 in a chain of such kernels.
+    """A config for w [n, k] (gate alone, with a gated unit), as measured on an H200 in a chain of such kernels.
 
     None where a program's weights would not fit beside its neighbours'.
     """
-    split, columns, chunk = 1, 32 if glu else 16, 256
+    split, columns, chunk, ahead = 1, 32 if glu else 16, 128 if glu else 256, 2  # 128: registers for the next kernels
     if not glu and n < 2048:  # too few columns to occupy the card
         split, columns = max(s for s in (1, 2, 4, 8) if k % (256 * s) == 0), 64
         chunk = 256 if k // split < 512 else 128
     while columns > 8 and columns * (1 + glu) * k // split * 2 > MOST:
         columns //= 2
     fits = columns * (1 + glu) * k // split * 2 <= MOST and k % (split * chunk) == 0 and n % columns == 0
-    return Config(columns, split, chunk) if fits else None
+    return Config(columns, split, chunk, ahead) if fits else None
 
 
 @gluon.jit
 def warpgroup_kernel(
     x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
     N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
-    ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr, TURNED: gl.constexpr,
+    AHEAD: gl.constexpr, ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """out = act(x @ w.T), or with SPLIT > 1 the sums of one part of k, float32, to out [SPLIT, ROWS, N].
 
@@ -80,7 +83,7 @@ def warpgroup_kernel(
     if gl.program_id(0) < N // COLUMNS * SPLIT:
         _product(
             x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
-            N, K, COLUMNS, SPLIT, CHUNK, ROWS, GLU, ACT, HALF, TURNED,
+            N, K, COLUMNS, SPLIT, CHUNK, AHEAD, ROWS, GLU, ACT, HALF, TURNED,
         )  # fmt: skip
     else:
         wait_for_previous()  # meanwhile its memory is taken
@@ -90,32 +93,36 @@ def warpgroup_kernel(
 def _product(
     x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
     N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
-    ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr, TURNED: gl.constexpr,
+    AHEAD: gl.constexpr, ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
-    """What a program with columns does."""
+    """What a program with columns does. Two sets of them, each half of the tile, meet where it is stored: gate and up
+    columns of a unit, or the halves of a head."""
     PART: gl.constexpr = K // SPLIT
     CHUNKS: gl.constexpr = PART // CHUNK
     dtype: gl.constexpr = w.dtype.element_ty
     WARPS: gl.constexpr = ROWS // 16
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 16])
+    WIDE: gl.constexpr = COLUMNS * (1 + GLU)
+    SET: gl.constexpr = WIDE // 2
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     tile, slice_of_k = gl.program_id(0) % (N // COLUMNS) * COLUMNS, gl.program_id(0) // (N // COLUMNS)
     part = slice_of_k * PART
 
     at_rest: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    buffer = gl.allocate_shared_memory(dtype, [CHUNKS * (1 + GLU), COLUMNS, CHUNK], at_rest)
+    buffer = gl.allocate_shared_memory(dtype, [CHUNKS, WIDE, CHUNK], at_rest)
     across: gl.constexpr = min(CHUNK // 8, 32)
     copied: gl.constexpr = gl.BlockedLayout([1, 8], [32 // across, across], [WARPS, 1], [1, 0])
-    n = gl.arange(0, COLUMNS, gl.SliceLayout(1, copied))
-    if HALF:  # 8 columns of the first half of a head, and those that they are rotated with
+    n = gl.arange(0, WIDE, gl.SliceLayout(1, copied))
+    if GLU:
+        n = gl.where(n < SET, n, n - SET + N)
+    elif HALF:
         tile = tile // (2 * HALF) * (2 * HALF) + tile % (2 * HALF) // 2
-        n = gl.where(n < 8, n, n - 8 + HALF)
+        n = gl.where(n < SET, n, n - SET + HALF)
     k = gl.arange(0, CHUNK, gl.SliceLayout(0, copied))
     place = w + (tile + n)[:, None] * K + part + k[None, :]
     for i in gl.static_range(CHUNKS):
         async_copy.async_copy_global_to_shared(buffer.index(i), place + i * CHUNK)
-        if GLU:
-            async_copy.async_copy_global_to_shared(buffer.index(CHUNKS + i), place + N * K + i * CHUNK)
     async_copy.commit_group()
 
     # A thread: 8 neighbours along k, of every block of 32, in rows 8 apart.
@@ -127,55 +134,54 @@ def _product(
         [],
         [ROWS, CHUNK],
     )
-    m = gl.arange(0, ROWS, gl.SliceLayout(1, loaded))
+    m = gl.minimum(gl.arange(0, ROWS, gl.SliceLayout(1, loaded)), M - 1)  # what is not there is not stored
     k = gl.arange(0, CHUNK, gl.SliceLayout(0, loaded))
     mine = x + m[:, None] * x_row + part + k[None, :]
-    inside = (m < M)[:, None]
-    acc = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
-    up = acc
+    acc = gl.zeros([ROWS, WIDE], gl.float32, mma)
+    sets: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, SET, 16])
+    stored: gl.constexpr = sets if GLU or HALF else mma
+    m_o = gl.arange(0, ROWS, gl.SliceLayout(1, stored))
+    n_o = tile + gl.arange(0, SET if GLU or HALF else COLUMNS, gl.SliceLayout(0, stored))
+    there = (m_o < M)[:, None]
 
     wait_for_previous()
     if HALF:
-        pairs: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
-        m_p = gl.arange(0, ROWS, gl.SliceLayout(1, pairs))
-        n_p = tile + gl.arange(0, 8, gl.SliceLayout(0, pairs))
-        angle = (m_p % ANGLES)[:, None] * HALF + (n_p % (2 * HALF))[None, :]
-        turned = (m_p < M)[:, None] & (tile < TURNED)
-        c = gl.load(cosine + angle, mask=turned, other=1.0)
-        s = gl.load(sine + angle, mask=turned, other=0.0)
-    a = gl.load(mine, mask=inside, other=0.0)
+        angle = (m_o % ANGLES)[:, None] * HALF + (n_o % (2 * HALF))[None, :]
+        c = gl.load(cosine + angle, mask=there & (tile < TURNED), other=1.0)
+        s = gl.load(sine + angle, mask=there & (tile < TURNED), other=0.0)
+    a = ()
+    for i in gl.static_range(min(AHEAD, CHUNKS)):
+        a += (gl.load(mine + i * CHUNK),)
     async_copy.wait_group(0)
     fence_async_shared()
     barrier()
     for i in gl.static_range(CHUNKS):
-        b = a.reshape([ROWS, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, CHUNK])
-        b = gl.convert_layout(b, left)
-        if i + 1 < CHUNKS:
-            a = gl.load(mine + (i + 1) * CHUNK, mask=inside, other=0.0)
+        b = a[i].reshape([ROWS, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, CHUNK])
+        acc = warpgroup_mma(gl.convert_layout(b, left), buffer.index(i).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc])
+        if i + AHEAD < CHUNKS:
+            a += (gl.load(mine + (i + AHEAD) * CHUNK),)
             barrier()  # keeps the compiler from moving these loads behind the products
-        acc = warpgroup_mma(b, buffer.index(i).permute([1, 0]), acc, is_async=True)
-        if GLU:
-            up = warpgroup_mma(b, buffer.index(CHUNKS + i).permute([1, 0]), up, is_async=True)
-            acc, up = warpgroup_mma_wait(0, [acc, up])
-        else:
-            acc = warpgroup_mma_wait(0, [acc])
 
-    m_o = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
-    n_o = tile + gl.arange(0, COLUMNS, gl.SliceLayout(0, mma))
-    stored = (m_o < M)[:, None]
-    if HALF:  # rounded first, as where the rotation is a launch of its own
-        first, second = acc.to(dtype).to(gl.float32).reshape([ROWS, 2, 8]).permute([0, 2, 1]).split()
-        first, second = gl.convert_layout(first, pairs), gl.convert_layout(second, pairs)
-        place_p = out + m_p[:, None] * out_row + n_p[None, :]
-        gl.store(place_p, (first * c - second * s).to(dtype), mask=(m_p < M)[:, None])
-        gl.store(place_p + HALF, (second * c + first * s).to(dtype), mask=(m_p < M)[:, None])
-    elif SPLIT > 1:
-        gl.store(out + (slice_of_k * ROWS + m_o[:, None]) * N + n_o[None, :], acc, mask=stored)
+    if SPLIT > 1:
+        gl.store(out + (slice_of_k * ROWS + m_o[:, None]) * N + n_o[None, :], acc, mask=there)
+    elif GLU:
+        y, up = _sets(acc, ROWS, SET, sets)
+        gl.store(out + m_o[:, None] * out_row + n_o[None, :], (activate(y, ACT) * up).to(dtype), mask=there)
+    elif HALF:  # rounded first, as where the rotation is a launch of its own
+        x1, x2 = _sets(acc.to(dtype).to(gl.float32), ROWS, SET, sets)
+        line = out + m_o[:, None] * out_row + n_o[None, :]
+        gl.store(line, (x1 * c - x2 * s).to(dtype), mask=there)
+        gl.store(line + HALF, (x2 * c + x1 * s).to(dtype), mask=there)
     else:
-        y = activate(acc, ACT)
-        if GLU:
-            y = y * up
-        gl.store(out + m_o[:, None] * out_row + n_o[None, :], y.to(out.dtype.element_ty), mask=stored)
+        gl.store(out + m_o[:, None] * out_row + n_o[None, :], activate(acc, ACT).to(dtype), mask=there)
+
+
+@gluon.jit
+def _sets(acc, ROWS: gl.constexpr, SET: gl.constexpr, layout: gl.constexpr):
+    """The left and the right half of a tile: both halves of a row are in one thread."""
+    one, two = acc.reshape([ROWS, 2, SET]).permute([0, 2, 1]).split()
+    return gl.convert_layout(one, layout), gl.convert_layout(two, layout)
 
 
 @gluon.jit
@@ -249,14 +255,16 @@ def warpgroup(
     turns = triton.cdiv(n // config.columns * config.split, processors())
     warpgroup_kernel[(turns * processors(),)](
         x, w, out, cosine, sine, m, x.stride(0), out.stride(0), cosine.numel() // half if half else 1,
-        N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, ROWS=padded(m), GLU=glu, ACT=act,
-        HALF=half, TURNED=turned, num_warps=padded(m) // 16, launch_pdl=overlaps(),
+        N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, AHEAD=config.ahead, ROWS=padded(m),
+        GLU=glu, ACT=act, HALF=half, TURNED=turned, num_warps=padded(m) // 16, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
 def rotates(n: int, half: int, config: Config | None) -> bool:
-    """Whether a product of n columns can rotate heads of 2 · half entries."""
-    return config is not None and config.split == 1 and config.columns == 16 and half % 8 == 0 and n % (2 * half) == 0
+    """Whether a product of n columns can rotate heads of 2 · half entries: programs have columns of one head each."""
+    if config is None or config.split > 1 or config.columns < 16:
+        return False
+    return half % (config.columns // 2) == 0 and n % (2 * half) == 0
 
 
 def combine(

@@ -104,7 +104,6 @@ def attention_kernel(
     MASK: 0 none, 1 a row of keys for a sample, 2 a row for each query, 3 causal, the last query sees all keys.
     RAGGED: keys may end within a block.
     """
-    let_next_start()
     LOW: tl.constexpr = q.dtype.element_ty
     batch, group = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -175,6 +174,7 @@ def attention_kernel(
                 v2 = _block(v_tail, v_token, batch, group, at, first, end, D, A, B, KEYS, TMA, RAGGED)
                 tail = tl.dot(p.to(LOW), v2, tail * fade[:, None], input_precision=EXACT)
 
+    let_next_start()  # not before: see `product_kernel`
     row = (tl.program_id(0) + none) * ROWS + tl.arange(0, ROWS)  # found anew: not held through the loop
     token, head = row // PER, group * PER + row % PER
     valid = token < M

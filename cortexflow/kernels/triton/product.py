@@ -134,7 +134,8 @@ def product_kernel(
 
     AHEAD: rows of w that a tile has brought to the cache before it waits for the kernel ahead.
     """
-    let_next_start()
+    if AHEAD:
+        let_next_start()
     down, across = tl.cdiv(M, ROWS + MORE), tl.cdiv(N, COLUMNS)
     extent = tl.cdiv(tl.cdiv(K, DEPTH), SPLIT) * DEPTH
     WIDE: tl.constexpr = 2 * COLUMNS if GLU else COLUMNS
@@ -163,6 +164,8 @@ def product_kernel(
             a_more = _block(x_more, row + ROWS, k, M, K, x_row, MORE, DEPTH, X_ALIGN)
             acc_more = _add(a_more, b, acc_more, SWAP, EXACT)
 
+    if not AHEAD:  # now, not before: its programs would crowd where this kernel has left processors idle
+        let_next_start()
     _store(acc, row, column, part, out, parts, bias, residual, gate, M, N, out_row, residual_row,
            ROWS, COLUMNS, SPLIT, SWAP, ACT, GLU, BIAS, RESIDUAL, GATE)  # fmt: skip
     if MORE:
