@@ -243,9 +243,9 @@ def product(
     """out [m, n] = residual + gate · act(x [m, k] @ w [k, n] + bias); bias and gate [n].
 
     With `pairs`, w is [k, 2 n], a gate column beside its up column, bias [2 n] likewise, and the activation becomes
-    act(gate) · up. Rows of x, out and residual may be strided; w is row-major. `out` may be the residual itself. Factors
-    in float32 are multiplied as three products of parts (TF32), which loses no more than float32's own sums do.
-    `scratch`: float32, split · m · n entries, where `config` splits k. Raises ValueError where rows of x or w are
+    act(gate) · up. Rows of x, out and residual may be strided; w is row-major. `out` may be the residual itself.
+    Factors in float32 are multiplied as three products of parts (TF32), which loses no more than float32's own sums
+    do. `scratch`: float32, split · m · n entries, where `config` splits k. Raises ValueError where rows of x or w are
     not dense, where `pairs` are to be split, and where scratch is too small.
     """
     m, k = x.shape
@@ -277,8 +277,8 @@ def product(
     product_kernel[(units,)](
         *given, w, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
         ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8,
-        SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="tf32x3" if x.dtype == torch.float32 else "tf32", GLU=pairs,
-        AHEAD=ahead, **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
+        SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="tf32x3" if x.dtype == torch.float32 else "tf32",
+        GLU=pairs, AHEAD=ahead, **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
     if c.split > 1:
         block = min(512, triton.next_power_of_2(n))
