@@ -1,8 +1,8 @@
 """Is a buffer plan safe? The module runs on names in place of numbers, in an arena that remembers who wrote what.
 
-Every read of bytes that something else has overwritten since is an error, and so is a byte that a branch and the ops
-beside it have both touched, unless all only read it. The simulation shares only tables and the plan itself with the
-planner, so that a mistake there shows here.
+Every read of bytes that something else has overwritten since is an error, and so is a byte that ops which may run side
+by side have both touched, unless all only read it: a branch and those behind it, early functions and the first stage.
+The simulation shares only tables and the plan itself with the planner, so that a mistake there shows here.
 """
 
 from __future__ import annotations
@@ -23,22 +23,29 @@ from cortexflow.passes.plan_buffers import IN_PLACE
 def check_plan(module: Module, plan: Plan, in_place: Mapping[str, tuple[int, ...]] = IN_PLACE) -> None:
     """Raise `VerifyError` where the plan lets an op read bytes that something else has overwritten.
 
-    Runs every op in order, and every loop body twice (a third iteration meets what the second met).
+    Runs every op in order, and every loop body twice (a third iteration meets what the second met). Early functions run
+    beside the first stage, and in a second simulation each right before its own.
     """
     for root, size in plan.sizes.items():
         if plan.offsets[root] % ALIGNMENT or size < root.type.nbytes:
             raise VerifyError(f"plan: {described(root)} is not aligned to {ALIGNMENT} bytes, or too small")
-    run = _Simulation(plan, in_place)
-    wired: dict[str, Value] = {}
-    for name in module.inputs:  # all of them are there before the first stage starts
-        run.write(next(stage.args[name] for stage in module.stages if name in stage.args))
-    for stage in module.stages:
-        for name, arg in stage.args.items():
-            run.hand_over([wired.setdefault(name, arg)], [arg], ())
-        run.block(stage.block)
-        wired |= stage.results
-    for name in module.outputs:
-        run.read(wired[name], f"the caller reads %{name}")
+    early = {stage: module.funcs[name] for stage, name in plan.early.items()}
+    in_turn = [*dict.fromkeys(f for s in module.stages if s not in early.values() for f in (early.get(s.name, s), s))]
+    for order in (module.stages, in_turn) if plan.early else (in_turn,):
+        run = _Simulation(plan, in_place)
+        wired: dict[str, Value] = {}
+        for name in module.inputs:  # all of them are there before the first stage starts
+            run.write(wired.setdefault(name, next(s.args[name] for s in module.stages if name in s.args)))
+        for stage in order:
+            for name, arg in stage.args.items():
+                run.hand_over([wired[name]], [arg], ())
+            run.early = order is not in_turn and stage in early.values()
+            run.block(stage.block)
+            wired |= stage.results
+            if not run.early:
+                run.beside.clear()  # the second stage begins when all before have ended
+        for name in module.outputs:
+            run.read(wired[name], f"the caller reads %{name}")
 
 
 class _Simulation:
@@ -57,9 +64,9 @@ class _Simulation:
         self.index = {e: i for i, e in enumerate(edges)}
         self.held = np.zeros(len(edges), np.int64)  # the content between one edge and the next
         self.branch_of = {op: branch for branch in plan.branches for op in branch.ops}
-        self.branch: Branch | None = None  # the one that has begun, and may still be running
-        self.within = False  # whether the op at hand is one of it
-        self.touched = {"read": np.zeros(len(edges), bool), "written": np.zeros(len(edges), bool)}  # by its ops
+        self.early = False  # whether ops at hand run beside the first stage
+        self.group: Branch | str = ""  # what the op at hand is of
+        self.beside: dict[Branch | str, dict[str, np.ndarray]] = {}  # what may still be running: bytes that it touched
 
     def span(self, v: Value) -> tuple[int, int]:
         """First byte, and the one behind the last; of no bytes for a weight, a constant or a view of one."""
@@ -72,32 +79,31 @@ class _Simulation:
         start = self.plan.offsets[v]
         return start, start + reach * DTYPE_BYTES[v.type.dtype] * (v.type.size > 0)
 
-    def bytes_of(self, v: Value) -> np.ndarray:
+    def here(self, v: Value) -> slice:
         lo, hi = self.span(v)
-        return self.held[self.index[lo] : self.index[hi]] if hi else self.held[:0]
+        return slice(self.index[lo], self.index[hi]) if hi else slice(0)
 
     def touch(self, v: Value, how: str) -> None:
-        """Note what a branch's op reads or writes; any other op must stay away from it until the join."""
-        lo, hi = self.span(v)
-        here = slice(self.index[lo], self.index[hi]) if hi else slice(0)
-        if self.within:
-            self.touched[how][here] = True
-        elif self.branch and any(t[here].any() for k, t in self.touched.items() if "written" in (how, k)):
-            raise VerifyError(f"plan: {described(v)} is {how} beside a branch that has its bytes, before they meet")
+        """Note what an op reads or writes that others run beside: they must stay away from it until they meet."""
+        here = self.here(v)
+        for group, touched in self.beside.items():
+            if group is self.group:
+                touched[how][here] = True
+            elif any(t[here].any() for k, t in touched.items() if "written" in (how, k)):
+                what = group if isinstance(group, str) else "a branch"
+                raise VerifyError(f"plan: {described(v)} is {how} beside {what} with its bytes, before they meet")
 
     def begin(self, op: Op) -> None:
-        """Note at which op the simulation is: in a branch, beside one, or where it ends."""
-        branch, self.within = self.branch_of.get(op), op in self.branch_of
-        if self.branch and op is self.branch.join:
-            self.branch = None
-        elif branch is not self.branch and branch:
-            self.branch = branch
-            for touched in self.touched.values():
-                touched[:] = False
+        """Note at which op the simulation is: of what others run beside, or where a branch ends."""
+        self.beside = {b: t for b, t in self.beside.items() if not isinstance(b, Branch) or b.join is not op}
+        self.group = self.branch_of.get(op) or ("early functions" if self.early else "")
+        if self.group and self.group not in self.beside:
+            self.beside[self.group] = {how: np.zeros(len(self.held), bool) for how in ("read", "written")}
 
     def read(self, v: Value, why: str) -> None:
         self.touch(v, "read")
-        wrong = self.bytes_of(v)[self.bytes_of(v) != self.content.get(v, -1)]
+        held = self.held[self.here(v)]
+        wrong = held[held != self.content.get(v, -1)]
         if wrong.size:
             raise VerifyError(f"plan: {why}, but {described(v)} was overwritten by {self.names[int(wrong[0])]}")
 
@@ -106,7 +112,7 @@ class _Simulation:
         self.touch(v, "written")
         self.names.append(described(v))
         self.content[v] = len(self.names) - 1
-        self.bytes_of(v)[:] = self.content[v]
+        self.held[self.here(v)] = self.content[v]
 
     def place(self, v: Value) -> tuple[int | None, list[int]]:
         """Where the first element is, and the strides that matter."""
@@ -125,7 +131,7 @@ class _Simulation:
             if self.overlap(copy.source, copy.target):
                 raise VerifyError(f"plan: a copy to {described(copy.target)} overlaps its source")
             self.touch(copy.target, "written")
-            self.bytes_of(copy.target)[:] = self.content[copy.source]
+            self.held[self.here(copy.target)] = self.content[copy.source]
             if copy.target not in targets:  # a value that stepped aside
                 self.content[copy.target] = self.content[copy.source]
         copied = {copy.target for copy in copies}

@@ -40,7 +40,8 @@ class Plan:
     `alias_of` leads from a value that shares bytes to its root: the first value in that buffer, or
     the weight or constant that it is a view of. `sizes` and `spans` (first and last position) belong
     to roots. Copies of one op stand in the order in which they must run; a loop's stop flag is read
-    before them. A loop's step is written at the start of each iteration. `branches` may run beside what follows them.
+    before them. A loop's step is written at the start of each iteration. `branches` may run beside what follows them,
+    `early` functions beside the first stage, or each right before its own.
     """
 
     offsets: Mapping[Value, int]
@@ -53,6 +54,7 @@ class Plan:
     spans: Mapping[Value, tuple[int, int]]
     stages: tuple[tuple[str, int, int], ...]  # name, first and last position
     branches: tuple[Branch, ...]
+    early: Mapping[str, str]  # stage → function
 
     def layout(self, value: Value) -> Layout:
         """Byte start within the root, and strides in elements, of any value."""

@@ -5,7 +5,8 @@ The stages run one after another, so they are planned as one sequence of positio
 1. *Contents.* What an op writes is a content, live from that op to its last reader. Views (`reshape`,
    `slice`, `broadcast_to`) are other readings of a content. They write after all where strides cannot
    express a reshape, and where a stage returns a part: it would keep the whole alive for later stages.
-   What a loop body reads from outside is live until the loop ends, what a branch reads until its join.
+   What a loop body reads from outside is live until the loop ends, what a branch reads until its join, what an early
+   function reads until its stage begins: it may run beside the first, or not before then.
 2. *Buffers.* A content takes over the bytes of an operand that dies at its op, where the op may work
    in place (`IN_PLACE`). A loop's carry is one buffer for initial value, argument and result; what
    the body yields is put there directly, if nothing needs the old bytes any more, else copied.
@@ -103,6 +104,7 @@ class _Planner:
         strided: Collection[str],
         in_place: Mapping[str, tuple[int, ...]],
         branches: Sequence[Branch],
+        early: Mapping[str, str],
     ) -> None:
         self.strided, self.in_place = strided, in_place
         self.branches = {op: branch for branch in branches for op in branch.ops}
@@ -114,13 +116,13 @@ class _Planner:
         self.materialised: set[Op] = set()
         self.want: dict[_Content, _Buffer] = {}
         self.stages: list[tuple[str, int, int]] = []
-        self._contents(module)
+        self._contents(module, early)
         for stage in module.stages:
             self._settle_block(stage.block)
 
     # -- step 1: positions, contents, lifetimes
 
-    def _contents(self, module: Module) -> None:
+    def _contents(self, module: Module, early: Mapping[str, str]) -> None:
         end = 0
         for stage in module.stages:
             first, end = end + 1, self._number(stage.block, end)
@@ -129,6 +131,7 @@ class _Planner:
                 while v.op and v.op.name not in self.strided and OPS[v.op.name].view:
                     v = v.op.inputs[0]
                 self.materialised |= {v.op} if v.op else set()
+        self.until = {op: at - 1 for s, at, _ in self.stages if s in early for op in module.funcs[early[s]].block.ops}
         wired: dict[str, Value] = {}
         for stage in module.stages:
             for name, arg in stage.args.items():
@@ -163,7 +166,7 @@ class _Planner:
             for v in op.inputs:
                 content = self.where[v][0]
                 around = loops[len(content.loops) :]  # loops that read it from outside, again and again
-                content.last = max(content.last, self.exit[around[0]] if around else self.at[op])
+                content.last = max(content.last, self.exit[around[0]] if around else self.at[op], self.until.get(op, 0))
                 branch = self.branches.get(op)
                 if branch and content.value.op not in branch.ops:
                     content.last = max(content.last, self.at[branch.join])
@@ -311,6 +314,7 @@ def plan_buffers(
     strided: Collection[str] = STRIDED,
     in_place: Mapping[str, tuple[int, ...]] = IN_PLACE,
     branches: Sequence[Branch] = (),
+    early: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan the buffers of all stages. The module is not changed; the same module gives the same plan.
 
@@ -318,7 +322,7 @@ def plan_buffers(
     has its result. Results of stages are dense. A target whose kernels read only dense operands passes
     `strided=()`; one whose kernels may write over fewer or more operands passes its own `in_place`.
     """
-    planner = _Planner(module, strided, in_place, branches)
+    planner = _Planner(module, strided, in_place, branches, early or {})
     root = {b: b.contents[0].value for b in planner.buffers}
     sizes = {r: -(-r.type.nbytes // ALIGNMENT) * ALIGNMENT for r in root.values()}
     spans = {r: (b.contents[0].first, max(c.last for c in b.contents)) for b, r in root.items()}
@@ -344,6 +348,7 @@ def plan_buffers(
         spans=spans,
         stages=tuple(planner.stages),
         branches=tuple(branches),
+        early=early or {},
     )
 
 

@@ -19,7 +19,7 @@ from cortexflow.ir.dtypes import TORCH_DTYPES
 from cortexflow.models import ModelConfig, Signature, VLAModelType, create_model
 from cortexflow.passes.plan import Plan
 from cortexflow.passes.plan_buffers import plan_buffers
-from cortexflow.weights import random_weights
+from cortexflow.weights import random_weights, stages_of
 from tests.kernels.test_triton_pointwise import by_torch
 from tests.models.cases import Batch, batches, case_folders, distance
 from tests.models.openvla_cases import batch_of, requests, write_checkpoint
@@ -28,7 +28,7 @@ pytest.importorskip("triton")
 
 from cortexflow.codegen.triton import build
 from cortexflow.codegen.triton.claims import skinny_config
-from cortexflow.codegen.triton.executable import Layout
+from cortexflow.codegen.triton.executable import Layout, TritonExecutable
 from cortexflow.codegen.triton.program import Program
 from cortexflow.kernels.triton import segment_attention
 
@@ -230,6 +230,31 @@ def test_chains_that_meet_late_run_side_by_side() -> None:
     assert body.index("        join(self)") == len(body) - 3
     alone = Layout(module, frozenset({"branches"}))
     assert alone.scratches == 1 and "beside(self)" not in alone.text
+
+
+@pytest.mark.parametrize(("kind", "state"), [(VLAModelType.PI05, []), (VLAModelType.PI0, ["thin"])])
+def test_what_reads_only_inputs_is_launched_in_front(kind: VLAModelType, state: list[str]) -> None:
+    """As methods of their own; the stages begin with what needs the stages before."""
+    module, _ = lower(create_model(WIDE.with_(model_type=kind)), dtype="bf16", target="triton")
+    layout = Layout(stages_of(module))
+    assert layout.early == {f"transformer_{part}": f"early_transformer_{part}" for part in ("encoder", "decoder")}
+    assert layout.scratches == 2
+    prompt, positions = ["embed", "pointwise"], ["pointwise", "copy", "pointwise", "embed", "embed"]
+    assert launched(layout, "early_transformer_encoder") == [*prompt, "copy", "torch.cat", *positions]
+    assert launched(layout, "early_transformer_decoder") == [*state, *positions, "torch.cat"]
+    assert launched(layout, "transformer_encoder")[:3] == ["epilogue", "epilogue", "rms_norm"]
+    assert launched(layout, "transformer_decoder")[:3] == ["copy", "for step in range", "thin"]
+    off = Layout(stages_of(module), frozenset({"early"}))
+    assert not off.early and off.scratches == 1 and "def early_" not in off.text
+    whole = [launched(off, f"transformer_{part}") for part in ("encoder", "decoder")]
+    assert whole[0][: len(prompt)] == prompt and whole[1][: len(state + positions)] == state + positions
+
+
+def launched(layout: Layout, method: str) -> list[str]:
+    """What every line of a method calls, behind its first one."""
+    first, *lines = layout.text.split(f"def {method}(self) -> None:\n")[1].split("        return None")[0].splitlines()
+    assert first == "        settle(self.scratch)", "what was launched before has ended"
+    return ["copy" if ".copy_(" in line else line.strip().split("(")[0] for line in lines]
 
 
 @pytest.mark.parametrize("angles", [(3, 1, 8), (5, 8), (1, 8)])
@@ -512,6 +537,43 @@ def test_full_width(kind: VLAModelType, chunk: int) -> None:
         far, limit = (float((x - wanted).norm() / wanted.norm()) for x in (ours, theirs))
         assert far < 1.5 * limit and torch.cosine_similarity(ours.flatten(), wanted.flatten(), 0) > 0.999
         assert all(torch.equal(triton(**given).double(), ours) for _ in range(20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [VLAModelType.PI05, VLAModelType.PI0])
+def test_early_functions_change_no_bit(kind: VLAModelType) -> None:
+    """In a whole call, in stages called one by one, and without a graph; whatever the arena held before."""
+    model = create_model(WIDE.with_(model_type=kind, chunk_size=10))
+    weights = random_weights(model.build(Signature.of(model.config)))
+    switched: list[tuple[str, ...]] = [("early",), (), ("cuda_graph",), ("overlap",)]
+    plain, *others = (
+        cortexflow.compile(
+            model, "triton", weights=weights, device="cuda", dtype="bfloat16", without=without, progress=False
+        )
+        for without in switched
+    )
+    for seed, length in ((0, 48), (1, 7)):
+        given = observation(plain, seed, length)
+        wanted = plain(**given)
+        for compiled in others:
+            for fill in (0xFF, 0x7F, 0x00):  # NaN and -1, large numbers, zeros
+                poison(compiled, fill)
+                assert all(torch.equal(compiled(**given), wanted) for _ in range(10))
+            values = {name: torch.as_tensor(x) for name, x in given.items()}
+            for stage in compiled.module.stages:
+                poison(compiled, 0xFF)
+                values |= compiled.run_stage(stage.name, values)
+            assert torch.equal(values["actions"], wanted)
+
+
+def poison(compiled: cortexflow.Compiled, fill: int) -> None:
+    """Fill every buffer of the arena."""
+    executable = compiled.executable
+    assert isinstance(executable, TritonExecutable)
+    for name, place in vars(executable._policy).items():
+        if re.fullmatch(r"b\d+", name):
+            extent = 1 + sum((n - 1) * s for n, s in zip(place.shape, place.stride(), strict=True))
+            place.as_strided((extent,), (1,)).view(torch.uint8).fill_(fill)
 
 
 @pytest.mark.gpu

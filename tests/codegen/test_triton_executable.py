@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -311,6 +312,56 @@ def test_runs_its_plan(executable: tuple[TritonExecutable, dict[str, torch.Tenso
     first, second = policy.run(inputs)["y"], policy.run(inputs)["y"]
     assert first.data_ptr() != second.data_ptr()
     assert policy.memory_report().startswith(f"on the card: weights {4 * (6 + 27):,}, arena ")
+
+
+def three_stages() -> Module:
+    """The second and the third compute something from inputs alone, the third also from what the second so made."""
+    square = Type("f32", (3, 3))
+    with function("first", x=square) as (first, [x]):
+        returns(h=ops.div(ops.cumsum(ops.cumsum(ops.cumsum(x, axis=0), axis=1), axis=0), x))
+    with function("second", h=square, y=square) as (second, [h, y]):
+        made = ops.cumsum(ops.div(y, ops.cumsum(y, axis=1)), axis=0)
+        returns(g=ops.div(ops.cumsum(h, axis=1), made), made=made)
+    with function("third", g=square, made=square, z=square) as (third, [g, made, z]):
+        returns(last=ops.div(ops.cumsum(g, axis=0), ops.div(ops.cumsum(made, axis=1), ops.cumsum(z, axis=0))))
+    return Module({"first": first, "second": second, "third": third})
+
+
+def test_what_reads_only_inputs_runs_beside_the_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = three_stages()
+    policy = TritonExecutable(module, {}, CPU, without=frozenset({"cuda_graph"}))
+    assert policy.layout.early == {"second": "early_second", "third": "early_third"} and policy.layout.scratches == 2
+    methods, ran = type(policy._policy), list[str]()
+
+    def watch(name: str, original: Callable[[Any], None]) -> Callable[[Any], None]:
+        def method(self: Any) -> None:
+            assert (self.scratch is self.other) == (name.startswith("early") and beside), "whose scratch"
+            ran.append(name)
+            original(self)
+
+        return method
+
+    for name in ("first", "second", "third", "early_second", "early_third"):
+        monkeypatch.setattr(methods, name, watch(name, getattr(methods, name)))
+    for _ in range(3):
+        inputs = {name: torch.rand(3, 3) + 0.5 for name in module.inputs}
+        wanted = run_module(module, inputs, {})
+        beside = True
+        assert torch.equal(policy.run(inputs)["last"], wanted["last"])
+        assert ran == ["early_second", "early_third", "first", "second", "third"]
+        beside = False
+        for i, stage in enumerate(module.stages):
+            ran.clear()
+            found = policy.run_stage(stage.name, inputs | wanted)
+            assert ran == ["early_" + stage.name] * (i > 0) + [stage.name]
+            assert found.keys() == stage.results.keys() and all(torch.equal(x, wanted[n]) for n, x in found.items())
+        ran.clear()
+        policy.replay(inputs | wanted, "second", "third")
+        assert ran == ["early_second", "second", "early_third", "third"]
+        assert torch.equal(policy._outputs["last"], wanted["last"])
+        ran.clear()
+    off = TritonExecutable(module, {}, CPU, without=frozenset({"cuda_graph", "early"}))
+    assert torch.equal(off.run(inputs)["last"], wanted["last"]) and off.layout.scratches == 1
 
 
 def test_a_missing_input_is_named(executable: tuple[TritonExecutable, dict[str, torch.Tensor]]) -> None:

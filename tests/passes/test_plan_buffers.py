@@ -207,10 +207,14 @@ class Arena:
                 if name not in given and name in inputs and arg not in self.plan.alias_of:
                     self.at(arg).copy_(inputs[name])
             given |= set(stage.args) | set(stage.results)
+        self.stages()
         for stage in self.module.stages:
-            self.block(stage.block)
             wired |= stage.results
         return {n: self.at(wired[n]).clone() for n in self.module.outputs}
+
+    def stages(self) -> None:
+        for stage in self.module.stages:
+            self.block(stage.block)
 
     def block(self, block: Block) -> None:
         for op in block.ops:

@@ -17,7 +17,7 @@ TARGET = Target(
     accepts=claims,
     wants=frozenset({"layout", "predicate"}),  # patches as products; a captured loop cannot end early
     switches=SWITCHES,
-    plan=planned,
+    plan=lambda module, without: planned(module, without)[1],
     needs=frozenset({"hoist"}),  # stages have no launches for what depends on weights or a loop's step alone
     options=frozenset({"forms", "tune", "progress"}),
 )

@@ -16,6 +16,7 @@ from cortexflow.codegen.triton.rules import RULES
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import Module, Value
 from cortexflow.passes.branches import find_branches
+from cortexflow.passes.early import split_early
 from cortexflow.passes.plan import Plan
 from cortexflow.passes.plan_buffers import plan_buffers
 
@@ -30,19 +31,23 @@ SWITCHES = {
     "epilogues": "gated units and biases inside a product's kernel; off: the library's product, then a kernel behind",
     "chains": "small ops that work entry by entry, one behind the other, are one launch",
     "branches": "long chains that read nothing of each other run side by side",
+    "early": "what reads nothing but inputs runs beside the first stage",
     "joined": "neighbouring row-wise kernels in one launch: a norm behind a sum, rotation with the move to the cache",
 }
 
 
-def planned(module: Module, without: frozenset[str] = frozenset()) -> Plan:
-    """Where the values of a module live."""
-    return plan_buffers(module, branches=() if "branches" in without else find_branches(module))
+def planned(module: Module, without: frozenset[str] = frozenset()) -> tuple[Module, Plan]:
+    """A module as it is launched, and where its values live."""
+    split, early = (module, {}) if "early" in without else split_early(module)
+    late = Module({name: f for name, f in split.funcs.items() if name not in early.values()})
+    return split, plan_buffers(split, branches=() if "branches" in without else find_branches(late), early=early)
 
 
 class Layout:
     """A module's launch plan as text, and what it takes to run; without `tune` no card is needed to make one.
 
     Attributes:
+        module, early: as it is launched; by stage, its function that may run beside the first one.
         text: the source.
         places: the attribute of the plan that holds each wired value.
         weights: (key, form) → attribute.
@@ -52,22 +57,19 @@ class Layout:
     """
 
     def __init__(self, module: Module, without: frozenset[str] = frozenset(), tune: bool = False) -> None:
-        plan = planned(module, without)
-        program = Program(module, plan, without, tune, capability())
+        self.module, plan = planned(module, without)
+        program = Program(self.module, plan, without, tune, capability())
         program.text()  # names every buffer that a launch touches; those of results may be missing yet
-        wired = [v for s in module.stages for v in (*s.args.values(), *s.results.values())]
+        wired = [v for s in self.module.stages for v in (*s.args.values(), *s.results.values())]
         self.places = {v: program.buffer(v).removeprefix("self.") for v in wired}
         self.text, self.weights = program.text(), program.weights
         by_kernel = "gather" in RULES and "host_tables" not in without  # PyTorch's lookup reads the card's memory alone
         self.host = host_weights(module) if by_kernel else frozenset()
         types = module.weight_types()
-        sizes = {True: 0, False: 0}
-        for key, _ in self.weights:
-            sizes[key in self.host] += types[key].nbytes
-        self.scratches = 2 if plan.branches else 1
-        self.bytes = {"weights": sizes[False], "arena": plan.peak}
-        self.bytes["scratch"] = self.scratches * SCRATCH_BYTES
-        self.bytes["host"] = sizes[True]
+        host = sum(types[key].nbytes for key, _ in self.weights if key in self.host)
+        weights = sum(types[key].nbytes for key, _ in self.weights) - host
+        self.early, self.scratches = plan.early, 2 if plan.branches or plan.early else 1
+        self.bytes = {"weights": weights, "arena": plan.peak, "scratch": self.scratches * SCRATCH_BYTES, "host": host}
 
 
 def capability() -> int:
@@ -95,7 +97,7 @@ class TritonExecutable:
         tune: bool = False,
         progress: bool = False,
     ) -> None:
-        self.module, self.layout, self._device, self._without = module, Layout(module, without, tune), device, without
+        self.layout, self._device, self._without = Layout(module, without, tune), device, without
         scope: dict[str, Any] = {"__name__": "cortexflow_generated"}
         exec(compile(self.layout.text, "<cortexflow triton>", "exec"), scope)
         types, size = module.weight_types(), self.layout.bytes
@@ -108,7 +110,7 @@ class TritonExecutable:
         self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
         self._staging = Staging(module.inputs, device)
         self._all = tuple(s.name for s in module.stages)
-        made = {n: v for s in module.stages for n, v in s.results.items()}
+        made = {n: v for s in self.layout.module.stages for n, v in s.results.items()}
         self._outputs = {n: self._at(made[n]) for n in module.outputs}
         self._reads = {names: self._places(names) for names in (self._all, *((n,) for n in self._all))}
         from cortexflow.kernels.triton.warmup import compiling
@@ -121,7 +123,7 @@ class TritonExecutable:
     def run_stage(self, name: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replay one stage on named inputs."""
         self.replay(inputs, name)
-        return {n: self._at(v).clone() for n, v in self.module.funcs[name].results.items()}
+        return {n: self._at(v).clone() for n, v in self.layout.module.funcs[name].results.items()}
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Replay all stages."""
@@ -169,8 +171,8 @@ class TritonExecutable:
     def _places(self, stages: tuple[str, ...]) -> list[tuple[str, Tensor]]:
         """What must be written before some stages run: their arguments that none of them makes."""
         found: dict[str, Tensor] = {}
-        made: set[str] = set()
-        for stage in map(self.module.funcs.__getitem__, stages):
+        made = {n for name in self.layout.early.values() for n in self.layout.module.funcs[name].results}
+        for stage in map(self.layout.module.funcs.__getitem__, stages):
             found |= {n: self._at(v) for n, v in stage.args.items() if n not in made and n not in found}
             made |= set(stage.results)
         return list(found.items())
@@ -188,12 +190,24 @@ class TritonExecutable:
         return graph
 
     def _launch(self, stages: tuple[str, ...]) -> None:
+        """Launch some stages: early functions beside the module's first one, or each before its own."""
         from cortexflow.kernels.triton.common import OVERLAP
+        from cortexflow.kernels.triton.streams import beside
 
+        policy, early = self._policy, self.layout.early
+        ahead = [early[name] for name in stages if name in early and stages[0] == self._all[0]]
         before = OVERLAP.set("overlap" not in self._without)
         try:
+            if ahead:
+                with beside(policy):
+                    for name in ahead:
+                        getattr(policy, name)()
             for name in stages:
-                getattr(self._policy, name)()
+                if ahead and name == stages[1] and policy.stream is not None:
+                    torch.cuda.current_stream().wait_stream(policy.stream)  # it begins with `settle`, as `join` ends
+                if not ahead and name in early:
+                    getattr(policy, early[name])()
+                getattr(policy, name)()
         finally:
             OVERLAP.reset(before)
 

@@ -18,7 +18,7 @@ from cortexflow.passes.plan import Plan, is_dense
 _HEAD = '''"""{title}
 
 Generated. WEIGHTS: key, the form it is stored in. BUFFERS: offset in the arena, dtype, shape, strides.
-A method runs one stage's launches.
+A method runs one stage's launches; `early_STAGE`, those that the stage needs and that read only inputs.
 """
 
 import math
