@@ -271,7 +271,9 @@ def test_a_product_that_rotates_fits_its_card(m: int, monkeypatch: pytest.Monkey
     assert config is not None
     x, w, out = draw.rows(m, 1024), draw.weight(2560, 1024, k=1024), draw.poisoned(m, 2560)
     warpgroup.warpgroup(x, w, out, angles=angles, turned=2304, config=config)
-    check_fits(recorder.compile(), 90, tmp_path)
+    built = recorder.compile()
+    check_fits(built, 90, tmp_path)
+    assert not re.search(r"st\.global\S*\.b16", built.asm["ptx"]), "neighbouring columns are stored together"
     check_order(recorder, "w", {"x", "cosine", "sine"}, True)
     with pytest.raises(ValueError, match="heads of 12 entries"):
         warpgroup.warpgroup(x, w, out, angles=(torch.zeros(1, m, 6),) * 2, turned=2304, config=config)

@@ -44,13 +44,13 @@ class Config(NamedTuple):
         columns: of a program (with a gated unit, as many of gate and of up).
         split: parts of k in programs of their own.
         chunk: of k, whose fragments are loaded and multiplied at once.
-        ahead: chunks that are loaded or under way.
+        ahead: chunks whose loads begin before the first is multiplied; with 1, the next one's while one is.
     """
 
     columns: int
     split: int
     chunk: int
-    ahead: int = 2
+    ahead: int = 1
 
 
 def default(n: int, k: int, glu: bool) -> Config | None:
@@ -58,10 +58,10 @@ def default(n: int, k: int, glu: bool) -> Config | None:
 
     None where a program's weights would not fit beside its neighbours'.
     """
-    split, columns, chunk, ahead = 1, 32 if glu else 16, 128 if glu else 256, 2  # 128: registers for the next kernels
+    split, columns, chunk, ahead = (1, 32, 128, 2) if glu else (1, 16, 256, 1)
     if not glu and n < 2048:  # too few columns to occupy the card
         split, columns = max(s for s in (1, 2, 4, 8) if k % (256 * s) == 0), 64
-        chunk = 256 if k // split < 512 else 128
+        chunk, ahead = 128, 2 if k // split < 512 else 4
     while columns > 8 and columns * (1 + glu) * k // split * 2 > MOST:
         columns //= 2
     fits = columns * (1 + glu) * k // split * 2 <= MOST and k % (split * chunk) == 0 and n % columns == 0
@@ -106,8 +106,8 @@ def _product(
     SET: gl.constexpr = WIDE // 2
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDE, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    tile, slice_of_k = gl.program_id(0) % (N // COLUMNS) * COLUMNS, gl.program_id(0) // (N // COLUMNS)
-    part = slice_of_k * PART
+    nth, slice_of_k = gl.program_id(0) % (N // COLUMNS), gl.program_id(0) // (N // COLUMNS)
+    tile, part = nth * COLUMNS, slice_of_k * PART
 
     at_rest: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     buffer = gl.allocate_shared_memory(dtype, [CHUNKS, WIDE, CHUNK], at_rest)
@@ -117,7 +117,7 @@ def _product(
     if GLU:
         n = gl.where(n < SET, n, n - SET + N)
     elif HALF:
-        tile = tile // (2 * HALF) * (2 * HALF) + tile % (2 * HALF) // 2
+        tile = nth // (HALF // SET) * (2 * HALF) + nth % (HALF // SET) * SET  # as the compiler sees that it is aligned
         n = gl.where(n < SET, n, n - SET + HALF)
     k = gl.arange(0, CHUNK, gl.SliceLayout(0, copied))
     place = w + (tile + n)[:, None] * K + part + k[None, :]
@@ -157,11 +157,15 @@ def _product(
     barrier()
     for i in gl.static_range(CHUNKS):
         b = a[i].reshape([ROWS, CHUNK // 32, 4, 2, 2, 2]).permute([0, 1, 3, 4, 2, 5]).reshape([ROWS, CHUNK])
-        acc = warpgroup_mma(gl.convert_layout(b, left), buffer.index(i).permute([1, 0]), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [acc])
-        if i + AHEAD < CHUNKS:
-            a += (gl.load(mine + (i + AHEAD) * CHUNK),)
+        b = gl.convert_layout(b, left)
+        if AHEAD == 1 and i + 1 < CHUNKS:
+            a += (gl.load(mine + (i + 1) * CHUNK),)
             barrier()  # keeps the compiler from moving these loads behind the products
+        acc = warpgroup_mma(b, buffer.index(i).permute([1, 0]), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc])
+        if AHEAD > 1 and i + AHEAD < CHUNKS:
+            a += (gl.load(mine + (i + AHEAD) * CHUNK),)
+            barrier()
 
     if SPLIT > 1:
         gl.store(out + (slice_of_k * ROWS + m_o[:, None]) * N + n_o[None, :], acc, mask=there)

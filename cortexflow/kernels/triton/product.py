@@ -254,7 +254,7 @@ def product(
         raise ValueError("rows of x and w must be dense")
     x_align, w_align = _alignment(x), _alignment(w)
     c = config or default(m, n, k, pairs, shared_memory(), x.element_size(), described=x_align == w_align == 0)
-    if config is None and scratch is None:
+    if config is None and (scratch is None or scratch.numel() < c.split * m * n):
         c = c._replace(split=1)
     if pairs and c.split > 1:
         raise ValueError("a product with a gated unit is not split")
