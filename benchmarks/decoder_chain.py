@@ -3,7 +3,8 @@
 The decoder of a flow is a chain of kernels under programmatic dependent launch, each bound by the latency
 after its wait or by the bytes of its weights: a kernel's own time says little. Here a layer's products
 (without its attention) run for 18 layers of distinct weights; the same with one layer's weights, which the
-cache then holds, shows what is latency alone. Times are medians of CUDA graph replays, for 10 and for 51 rows.
+cache then holds, shows what is latency alone. Times are medians of CUDA graph replays, for 10 and for 51 rows; for
+these a whole layer too, with its attention to a prefix.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks._record import save
 from cortexflow.codegen.triton.placement import FORMS, fill
 
 LAYERS, ROUNDS = 18, 2
+PREFIXES = 532, 968  # keys of π0 with two views, of π0.5 with three
 WIDTH, HEADS, HIDDEN = 1024, 2048, 4096
 # name: (columns, depth, gated unit); sizes of the released action experts
 PRODUCTS = {
@@ -39,6 +41,8 @@ class Chain:
         self.qkv, self.middle = _random(rows, 2560), _random(rows, HIDDEN)
         self.scale, self.shift, self.gate = (_random(WIDTH) for _ in range(3))
         self.parts = torch.empty(8 * 64 * WIDTH, device="cuda")
+        self.out, self.angles = _random(rows, HEADS), torch.rand(2, 1, rows, 128, device="cuda")
+        self.scratch = torch.empty(1 << 22, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int32)
         form = "rows" if self.few else "interleaved"
         self.weights = {n: [_weight(form, k, c * (1 + g)) for _ in range(LAYERS)] for n, (c, k, g) in PRODUCTS.items()}
 
@@ -49,7 +53,7 @@ class Chain:
         w, (columns, depth, unit) = self.weights[name][layer], PRODUCTS[name]
         x, out = {
             "norm, qkv": (self.hidden, self.qkv),
-            "o": (self.qkv[:, :HEADS], self.hidden),
+            "o": (self.out, self.hidden),
             "norm, gate and up": (self.hidden, self.middle),
             "down": (self.middle, self.hidden),
         }[name]
@@ -61,21 +65,37 @@ class Chain:
             streaming.streaming(x, w, out, config=config, **gated, **(norm if name.startswith("norm") else ends))
             return
         config = warpgroup.default(columns, depth, unit)
-        if name.startswith("norm"):
+        if name == "norm, qkv":
+            warpgroup.warpgroup(self.normed, w, out, angles=tuple(self.angles), turned=HEADS + 256, config=config)
+        elif name.startswith("norm"):
             warpgroup.warpgroup(self.normed, w, out, config=config, **gated)
         else:
             warpgroup.warpgroup(x, w, self.parts.view(-1, WIDTH), config=config)
             warpgroup.combine(self.parts, out, config.split, **ends, normed=self.normed, **norm)
 
-    def time(self, names: Sequence[str], layers: int = LAYERS) -> float:
-        """Microseconds a layer for some of its products, over this many layers' weights."""
-        for values in (self.hidden, self.normed, self.qkv, self.middle):
+    def attend(self, cache: tuple[Tensor, Tensor], mask: Tensor) -> None:
+        """Attention of the rows to a cache and to themselves, behind the product that has rotated them."""
+        from cortexflow.kernels.triton import segment_attention as kernel
+
+        parts = self.qkv[None].split([HEADS, 256, 256], dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, 256)) for x in parts)
+        config = kernel.default(1, len(self.qkv), HEADS // 256, 256, cache[0].shape[1])
+        out = self.out.view(1, -1, HEADS // 256, 256)
+        kernel.segment_attention(q, k, v, *cache, *self.angles, mask, out, 256**-0.5, self.scratch, config, turned=True)
+
+    def time(self, names: Sequence[str], layers: int = LAYERS, prefix: int = 0) -> float:
+        """Microseconds a layer for some of its products, over this many layers' weights; with attention to a prefix."""
+        for values in (self.hidden, self.normed, self.qkv, self.middle, self.out):
             values.normal_()
+        caches = [(_random(1, prefix, 1, 256), _random(1, prefix, 1, 256)) for _ in range(layers if prefix else 0)]
+        mask = torch.ones(1, 1, prefix + len(self.qkv), device="cuda", dtype=torch.bool)
 
         def run() -> None:
             for layer in range(ROUNDS * LAYERS):
                 for name in names:
                     self.launch(name, layer % layers)
+                    if prefix and name == "norm, qkv":
+                        self.attend(caches[layer % layers], mask)
 
         return statistics.median(by_events(_captured(run).replay, 15)) * 1e3 / (ROUNDS * LAYERS)
 
@@ -115,6 +135,11 @@ def main() -> None:
             what = names[0] if len(names) == 1 else "the chain of all"
             times = {"18 layers us": round(chain.time(names), 2), "in cache us": round(chain.time(names, 1), 2)}
             rows.append({"rows": m, "kernel": what} | times)
+            print(rows[-1])
+        for prefix in () if chain.few else PREFIXES:
+            times = {"18 layers us": round(chain.time(tuple(PRODUCTS), prefix=prefix), 2)}
+            times["in cache us"] = round(chain.time(tuple(PRODUCTS), 1, prefix), 2)
+            rows.append({"rows": m, "kernel": f"the layer, {prefix} keys"} | times)
             print(rows[-1])
     save("decoder_chain", rows)
 

@@ -27,7 +27,7 @@ from tests.models.openvla_cases import batch_of, requests, write_checkpoint
 pytest.importorskip("triton")
 
 from cortexflow.codegen.triton import build
-from cortexflow.codegen.triton.claims import skinny_config
+from cortexflow.codegen.triton.claims import SCRATCH, skinny_config
 from cortexflow.codegen.triton.executable import Layout, TritonExecutable
 from cortexflow.codegen.triton.program import Program
 from cortexflow.kernels.triton import segment_attention
@@ -198,7 +198,7 @@ def run_on_cpu(module: Module) -> None:
     exec(layout.text, scope)
     scope["pointwise"] = by_torch
     arena = torch.full((layout.bytes["arena"],), 0xA5, dtype=torch.uint8)
-    policy = scope["Policy"]({}, arena, *[(torch.empty(0), torch.ones(1))] * layout.scratches)
+    policy = scope["Policy"]({}, arena, *[(torch.empty(0), torch.ones(1))] * len(layout.scratches))
     generator = torch.Generator().manual_seed(0)
     given = {
         n: (torch.randn(t.shape, generator=generator) * 2).to(TORCH_DTYPES[t.dtype]) for n, t in module.inputs.items()
@@ -226,10 +226,11 @@ def test_chains_that_meet_late_run_side_by_side() -> None:
     layout = Layout(module)
     body = layout.text[layout.text.index("def f(self)") :].splitlines()
     inside = [line for line in body if line.startswith(" " * 12)]
-    assert layout.scratches == 2 and len(inside) == 40 and body[2:4] == ["        with beside(self):", inside[0]]
+    assert layout.scratches == (SCRATCH, SCRATCH)
+    assert len(inside) == 40 and body[2:4] == ["        with beside(self):", inside[0]]
     assert body.index("        join(self)") == len(body) - 3
     alone = Layout(module, frozenset({"branches"}))
-    assert alone.scratches == 1 and "beside(self)" not in alone.text
+    assert alone.scratches == (SCRATCH,) and "beside(self)" not in alone.text
 
 
 @pytest.mark.parametrize(("kind", "state"), [(VLAModelType.PI05, []), (VLAModelType.PI0, ["thin"])])
@@ -238,14 +239,14 @@ def test_what_reads_only_inputs_is_launched_in_front(kind: VLAModelType, state: 
     module, _ = lower(create_model(WIDE.with_(model_type=kind)), dtype="bf16", target="triton")
     layout = Layout(stages_of(module))
     assert layout.early == {f"transformer_{part}": f"early_transformer_{part}" for part in ("encoder", "decoder")}
-    assert layout.scratches == 2
+    assert layout.scratches == (SCRATCH, 0)
     prompt, positions = ["embed", "pointwise"], ["pointwise", "copy", "pointwise", "embed", "embed"]
     assert launched(layout, "early_transformer_encoder") == [*prompt, "copy", "torch.cat", *positions]
     assert launched(layout, "early_transformer_decoder") == [*state, *positions, "torch.cat"]
     assert launched(layout, "transformer_encoder")[:3] == ["epilogue", "epilogue", "rms_norm"]
     assert launched(layout, "transformer_decoder")[:3] == ["copy", "for step in range", "thin"]
     off = Layout(stages_of(module), frozenset({"early"}))
-    assert not off.early and off.scratches == 1 and "def early_" not in off.text
+    assert not off.early and off.scratches == (SCRATCH,) and "def early_" not in off.text
     whole = [launched(off, f"transformer_{part}") for part in ("encoder", "decoder")]
     assert whole[0][: len(prompt)] == prompt and whole[1][: len(state + positions)] == state + positions
 
@@ -255,6 +256,19 @@ def launched(layout: Layout, method: str) -> list[str]:
     first, *lines = layout.text.split(f"def {method}(self) -> None:\n")[1].split("        return None")[0].splitlines()
     assert first == "        settle(self.scratch)", "what was launched before has ended"
     return ["copy" if ".copy_(" in line else line.strip().split("(")[0] for line in lines]
+
+
+def test_parts_of_results_beside_have_a_scratch_of_their_own() -> None:
+    """An early product whose k is split over programs."""
+    rows, wide = Type("bf16", (1, 40, 2048)), Type("bf16", (1, 40, 1024))
+    with function("first", x=wide) as (first, [x]):
+        returns(h=ops.neg(x))
+    with function("second", h=wide, y=rows) as (second, [h, y]):
+        w = ops.weight(key="w", type=Type("bf16", (2048, 1024)))
+        returns(z=ops.add(h, ops.matmul(y, w)))
+    layout = Layout(Module({"first": first, "second": second}))
+    assert launched(layout, "early_second") == ["warpgroup.warpgroup", "warpgroup.combine"]
+    assert layout.scratches == (SCRATCH, SCRATCH)
 
 
 @pytest.mark.parametrize("angles", [(3, 1, 8), (5, 8), (1, 8)])

@@ -21,7 +21,6 @@ from cortexflow.passes.plan import Plan
 from cortexflow.passes.plan_buffers import plan_buffers
 
 COUNTERS = 8192  # one for each tile of a split
-SCRATCH_BYTES = 4 * (SCRATCH + COUNTERS)
 
 SWITCHES = {
     "cuda_graph": "the launches recorded once and replayed; off: Python launches each kernel at every call",
@@ -52,7 +51,7 @@ class Layout:
         places: the attribute of the plan that holds each wired value.
         weights: (key, form) → attribute.
         host: keys of the weights that stay on the host.
-        scratches: how many the plan takes.
+        scratches: numbers in each that the plan takes, for parts of results; counters stand behind them.
         bytes: by purpose: `weights`, `arena` and `scratch` on the card, `host` in pinned host memory.
     """
 
@@ -68,8 +67,13 @@ class Layout:
         types = module.weight_types()
         host = sum(types[key].nbytes for key, _ in self.weights if key in self.host)
         weights = sum(types[key].nbytes for key, _ in self.weights) - host
-        self.early, self.scratches = plan.early, 2 if plan.branches or plan.early else 1
-        self.bytes = {"weights": weights, "arena": plan.peak, "scratch": self.scratches * SCRATCH_BYTES, "host": host}
+        self.early: Mapping[str, str] = plan.early
+        self.scratches: tuple[int, ...] = (SCRATCH,)
+        if plan.branches or plan.early:
+            beside = plan.branches or not program.busy.isdisjoint(plan.early.values())
+            self.scratches += (SCRATCH if beside else 0,)
+        scratch = sum(4 * (n + COUNTERS) for n in self.scratches)
+        self.bytes = {"weights": weights, "arena": plan.peak, "scratch": scratch, "host": host}
 
 
 def capability() -> int:
@@ -104,8 +108,11 @@ class TritonExecutable:
         forms = forms if forms is not None else {key: {} for key in types}
         besides = size["scratch"] + size["arena"]
         named, empty, work = allot(self.layout.weights, types, device, self.layout.host, forms, besides)
-        *scratches, arena = work.split([SCRATCH_BYTES] * self.layout.scratches + [size["arena"]])
-        scratch = [(s.view(torch.float32)[:SCRATCH], s.view(torch.int32)[SCRATCH:].zero_()) for s in scratches]
+        counts = self.layout.scratches
+        *scratches, arena = work.split([4 * (n + COUNTERS) for n in counts] + [size["arena"]])
+        scratch = [
+            (s.view(torch.float32)[:n], s.view(torch.int32)[n:].zero_()) for s, n in zip(scratches, counts, strict=True)
+        ]
         self._policy = scope["Policy"](named, arena, *scratch)
         self._graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
         self._staging = Staging(module.inputs, device)

@@ -81,6 +81,8 @@ class Stage:
     def text(self) -> str:
         """The method's source."""
         self.block(self.func.block, "        ")
+        if any("self.scratch" in line and "settle(" not in line for line in self.lines):
+            self.program.busy.add(self.func.name)
         start = [f"    def {self.func.name}(self) -> None:", "        settle(self.scratch)"]
         return "\n".join([*start, *self.lines, "        return None"])
 
@@ -238,6 +240,7 @@ class Program:
         self.constants: dict[str, str] = {}
         self.buffers: dict[tuple[int, str, tuple[int, ...], tuple[int, ...]], str] = {}
         self.steps: set[Value] = set()
+        self.busy: set[str] = set()  # functions that keep parts of results in a scratch
 
     def weight(self, key: str, form: str) -> str:
         """The attribute that holds a weight in a form."""
