@@ -96,8 +96,10 @@ def _product(
     AHEAD: gl.constexpr, ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr,
     TURNED: gl.constexpr,
 ):  # fmt: skip
-    """What a program with columns does. Two sets of them, each half of the tile, meet where it is stored: gate and up
-    columns of a unit, or the halves of a head."""
+    """What a program with columns does.
+
+    Two sets of columns, each half of a tile, meet where they are stored: gate and up of a unit, or the halves of a head.
+    """
     PART: gl.constexpr = K // SPLIT
     CHUNKS: gl.constexpr = PART // CHUNK
     dtype: gl.constexpr = w.dtype.element_ty
