@@ -98,7 +98,7 @@ def _product(
 ):  # fmt: skip
     """What a program with columns does.
 
-    Two sets of columns, each half of a tile, meet where they are stored: gate and up of a unit, or the halves of a head.
+    Two sets of columns, halves of a tile, meet where they are stored: gate and up of a unit, or the halves of a head.
     """
     PART: gl.constexpr = K // SPLIT
     CHUNKS: gl.constexpr = PART // CHUNK
