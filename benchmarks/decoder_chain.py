@@ -3,12 +3,16 @@
 The decoder of a flow is a chain of kernels under programmatic dependent launch, each bound by the latency
 after its wait or by the bytes of its weights: a kernel's own time says little. Here a layer's products
 (without its attention) run for 18 layers of distinct weights; the same with one layer's weights, which the
-cache then holds, shows what is latency alone. Times are medians of CUDA graph replays, for 10 and for 51 rows; for
-these a whole layer too, with its attention to a prefix.
+cache then holds, shows what is latency alone. Times are medians of CUDA graph replays, for 10 and for 51 rows; also of
+a whole layer, with its attention to a prefix.
+
+Which config of a kernel is best depends on its neighbours: what registers and shared memory they leave decides whose
+weights are fetched before their turn. `--sweep` measures other configs in the whole layer, one kernel after the other.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +25,7 @@ from benchmarks._record import save
 from cortexflow.codegen.triton.placement import FORMS, fill
 
 LAYERS, ROUNDS = 18, 2
-PREFIXES = 532, 968  # keys of π0 with two views, of π0.5 with three
+PREFIXES = {10: (560,), 51: (532, 968)}  # rows: keys of π0.5 with two views; of π0 with two, of π0.5 with three
 WIDTH, HEADS, HIDDEN = 1024, 2048, 4096
 # name: (columns, depth, gated unit); sizes of the released action experts
 PRODUCTS = {
@@ -30,13 +34,34 @@ PRODUCTS = {
     "norm, gate and up": (HIDDEN, WIDTH, True),
     "down": (WIDTH, HIDDEN, False),
 }
+# By rows: what else a kernel's config may be, for `--sweep`.
+OTHERS: dict[int, dict[str, list[dict[str, Any]]]] = {
+    10: {
+        "norm, gate and up": [{"columns": 32}, {"columns": 32, "registers": 0}],
+        "down": [{"chunks": 4}, {"columns": 16, "chunks": 4}, {"registers": 128}],
+        "o": [{"shared": True, "registers": 0}, {"registers": 0}],
+        "norm, qkv": [{"columns": 16}, {"registers": 112}],
+    },
+    51: {
+        "norm, qkv": [{"ahead": 2}, {"chunk": 128, "ahead": 3}, {"columns": 32}, {"columns": 32, "chunk": 128}],
+        "norm, gate and up": [{"chunk": 256, "ahead": 1}, {"ahead": 3}],
+        "down": [{"ahead": 2}, {"chunk": 256, "ahead": 2}],
+        "o": [{"chunk": 256, "ahead": 1}],
+    },
+}
 
 
 class Chain:
     """The products of a layer on some rows, with weights for each layer."""
 
     def __init__(self, rows: int) -> None:
+        from cortexflow.kernels.gluon import streaming, warpgroup
+
         self.few = rows <= 16
+        self.configs: dict[str, Any] = {
+            name: streaming.default(c, k, g, name.startswith("norm")) if self.few else warpgroup.default(c, k, g)
+            for name, (c, k, g) in PRODUCTS.items()
+        }
         self.hidden, self.normed = _random(rows, WIDTH), _random(rows, WIDTH)
         self.qkv, self.middle = _random(rows, 2560), _random(rows, HIDDEN)
         self.scale, self.shift, self.gate = (_random(WIDTH) for _ in range(3))
@@ -50,7 +75,7 @@ class Chain:
         """One product of one layer, with its norm, gate and residual."""
         from cortexflow.kernels.gluon import streaming, warpgroup
 
-        w, (columns, depth, unit) = self.weights[name][layer], PRODUCTS[name]
+        w, config, unit = self.weights[name][layer], self.configs[name], PRODUCTS[name][2]
         x, out = {
             "norm, qkv": (self.hidden, self.qkv),
             "o": (self.out, self.hidden),
@@ -61,10 +86,8 @@ class Chain:
         ends = {"residual": self.hidden, "gate": self.gate}
         gated: dict[str, Any] = {"glu": True, "act": "gelu_tanh"} if unit else {}
         if self.few:
-            config = streaming.default(columns, depth, unit, name.startswith("norm"))
             streaming.streaming(x, w, out, config=config, **gated, **(norm if name.startswith("norm") else ends))
             return
-        config = warpgroup.default(columns, depth, unit)
         if name == "norm, qkv":
             warpgroup.warpgroup(self.normed, w, out, angles=tuple(self.angles), turned=HEADS + 256, config=config)
         elif name.startswith("norm"):
@@ -74,14 +97,14 @@ class Chain:
             warpgroup.combine(self.parts, out, config.split, **ends, normed=self.normed, **norm)
 
     def attend(self, cache: tuple[Tensor, Tensor], mask: Tensor) -> None:
-        """Attention of the rows to a cache and to themselves, behind the product that has rotated them."""
+        """Attention of the rows to a cache and to themselves; the product of 51 rows has rotated them."""
         from cortexflow.kernels.triton import segment_attention as kernel
 
         parts = self.qkv[None].split([HEADS, 256, 256], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, 256)) for x in parts)
         config = kernel.default(1, len(self.qkv), HEADS // 256, 256, cache[0].shape[1])
-        out = self.out.view(1, -1, HEADS // 256, 256)
-        kernel.segment_attention(q, k, v, *cache, *self.angles, mask, out, 256**-0.5, self.scratch, config, turned=True)
+        out, turned = self.out.view(1, -1, HEADS // 256, 256), not self.few
+        kernel.segment_attention(q, k, v, *cache, *self.angles, mask, out, 256**-0.5, self.scratch, config, turned)
 
     def time(self, names: Sequence[str], layers: int = LAYERS, prefix: int = 0) -> float:
         """Microseconds a layer for some of its products, over this many layers' weights; with attention to a prefix."""
@@ -123,20 +146,51 @@ def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def main() -> None:
+def sweep(chain: Chain, rows: int) -> list[dict[str, Any]]:
+    """Every config measured, in turn; each kernel keeps its best for those that follow, and there are two turns."""
+    found: list[dict[str, Any]] = []
+
+    def measure(name: str, config: Any) -> float:
+        chain.configs[name] = config
+        try:
+            took = [chain.time(tuple(PRODUCTS), prefix=n) for n in PREFIXES[rows]]
+        except Exception as e:  # a config that does not fit
+            found.append(
+                {"rows": rows, "kernel": name, "config": str(tuple(config)), "us": f"{type(e).__name__}: {e}"[:99]}
+            )
+            return float("inf")
+        found.append({"rows": rows, "kernel": name, "config": str(tuple(config)), "us": [round(t, 2) for t in took]})
+        print(found[-1])
+        return sum(took)
+
+    for _ in range(2):
+        for name, others in OTHERS[rows].items():
+            first = chain.configs[name]
+            times = {config: measure(name, config) for config in (first, *(first._replace(**o) for o in others))}
+            chain.configs[name] = min(times, key=times.__getitem__)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="other configs of each kernel, in the whole layer")
+    arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("decoder_chain: needs an NVIDIA GPU, and PyTorch finds none here")
         return
+    if arguments.sweep:
+        save("decoder_sweep", [row for m in PREFIXES for row in sweep(Chain(m), m)])
+        return
     rows = []
-    for m in (10, 51):
+    for m, prefixes in PREFIXES.items():
         chain = Chain(m)
         for names in (*[(n,) for n in PRODUCTS], tuple(PRODUCTS)):
             what = names[0] if len(names) == 1 else "the chain of all"
             times = {"18 layers us": round(chain.time(names), 2), "in cache us": round(chain.time(names, 1), 2)}
             rows.append({"rows": m, "kernel": what} | times)
             print(rows[-1])
-        for prefix in () if chain.few else PREFIXES:
+        for prefix in prefixes:
             times = {"18 layers us": round(chain.time(tuple(PRODUCTS), prefix=prefix), 2)}
             times["in cache us"] = round(chain.time(tuple(PRODUCTS), 1, prefix), 2)
             rows.append({"rows": m, "kernel": f"the layer, {prefix} keys"} | times)

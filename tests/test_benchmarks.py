@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import _gpu, _record, agreement, batches, cold_start, kernels, latency, replicas
 from benchmarks._peers import REALTIME_VLA, Captured, realtime_vla_variants
+from benchmarks.decoder_chain import OTHERS, sweep
 from cortexflow import compiler
 from cortexflow.codegen import find_target
 from cortexflow.compiler import lower
@@ -206,6 +208,31 @@ def test_without_a_card_a_command_says_so(command: Any, capsys: pytest.CaptureFi
 
 
 # ---- whole measurements, small and on the CPU -----------------------------------------------------
+
+
+class Sized:
+    """In place of a chain on a card: a layer takes what its kernels' registers come to."""
+
+    def __init__(self) -> None:
+        from cortexflow.kernels.gluon import streaming
+
+        self.configs: dict[str, Any] = {name: streaming.Config(32, 8, 8, 1, True, 128) for name in OTHERS[10]}
+
+    def time(self, names: Sequence[str], prefix: int) -> float:
+        if any(config.chunks > 1 for config in self.configs.values()):
+            raise ValueError("does not fit")
+        return float(sum(config.registers for config in self.configs.values()))
+
+
+def test_a_sweep_goes_on_with_the_best_of_each_kernel() -> None:
+    pytest.importorskip("triton")
+    chain = Sized()
+    rows = sweep(chain, 10)  # type: ignore[arg-type]
+    assert len(rows) == 2 * sum(1 + len(others) for others in OTHERS[10].values())
+    assert {name: config.registers for name, config in chain.configs.items()} == {
+        "norm, gate and up": 0, "o": 0, "norm, qkv": 112, "down": 128,
+    }  # fmt: skip
+    assert sum("does not fit" in str(row["us"]) for row in rows) == 4
 
 
 def test_agreement_measures_the_distance_from_the_interpreter() -> None:
