@@ -89,7 +89,7 @@ class Chain:
             streaming.streaming(x, w, out, config=config, **gated, **(norm if name.startswith("norm") else ends))
             return
         if name == "norm, qkv":
-            warpgroup.warpgroup(self.normed, w, out, angles=tuple(self.angles), turned=HEADS + 256, config=config)
+            warpgroup.warpgroup(self.normed, w, out, angles=tuple(self.angles), rotated=HEADS + 256, config=config)
         elif name.startswith("norm"):
             warpgroup.warpgroup(self.normed, w, out, config=config, **gated)
         else:
@@ -103,8 +103,8 @@ class Chain:
         parts = self.qkv[None].split([HEADS, 256, 256], dim=-1)
         q, k, v = (x.unflatten(-1, (-1, 256)) for x in parts)
         config = kernel.default(1, len(self.qkv), HEADS // 256, 256, cache[0].shape[1])
-        out, turned = self.out.view(1, -1, HEADS // 256, 256), not self.few
-        kernel.segment_attention(q, k, v, *cache, *self.angles, mask, out, 256**-0.5, self.scratch, config, turned)
+        out, rotated = self.out.view(1, -1, HEADS // 256, 256), not self.few
+        kernel.segment_attention(q, k, v, *cache, *self.angles, mask, out, 256**-0.5, self.scratch, config, rotated)
 
     def time(self, names: Sequence[str], layers: int = LAYERS, prefix: int = 0) -> float:
         """Microseconds a layer for some of its products, over this many layers' weights; with attention to a prefix."""

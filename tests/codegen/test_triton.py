@@ -188,7 +188,7 @@ def test_a_product_rotates_what_attention_alone_reads(change: str, batch: int, m
     lines = [
         line for line in text[text.index("def f(self)") :].splitlines() if "warpgroup(" in line or "attention(" in line
     ]
-    assert ["turned=2304" in lines[0], "turned=True" in lines[-1]] == [not change, not change]
+    assert ["rotated=2304" in lines[0], "rotated=True" in lines[-1]] == [not change, not change]
 
 
 def run_on_cpu(module: Module) -> None:

@@ -107,6 +107,11 @@ def check_fits(built: Any, arch: int, folder: Path, stack: int = 0) -> None:
         assert int(found[2]) <= stack
 
 
+def places(code: str, text: str) -> list[int]:
+    """Where a text begins, each time."""
+    return [found.start() for found in re.finditer(re.escape(text), code)]
+
+
 def around_wait(built: Any, arch: int, late: bool = False) -> tuple[str, str]:
     """A launch's PTX until it waits for the kernel ahead, and behind that; empty where the card does not overlap.
 
@@ -116,6 +121,8 @@ def around_wait(built: Any, arch: int, late: bool = False) -> tuple[str, str]:
     if arch < OVERLAP:
         assert "griddepcontrol" not in code
         return "", ""
-    start, wait = code.index("griddepcontrol.launch_dependents"), code.index("griddepcontrol.wait")
+    start, (wait, *others) = code.index("griddepcontrol.launch_dependents"), places(code, "griddepcontrol.wait")
+    if others and not re.search(ACCESS, code[wait : code.index("bra.uni", wait)]):
+        wait = others[0]  # the first is of programs that do nothing else
     assert code.rindex("mma") < start if late else start < wait and not re.search(ACCESS, code[:start])
     return code[:wait], code[wait:]

@@ -196,19 +196,19 @@ def test_warpgroup(name: str, m: int, dtype: torch.dtype) -> None:
     check(group, WARPGROUP[name], m, dtype)
 
 
-TURNED = [(2560, 1024, 128, 2304), (2048, 512, 32, 1024), (3072, 256, 64, 3072)]  # n, k, half a head, columns
+ROTATED = [(2560, 1024, 128, 2304), (2048, 512, 32, 1024), (3072, 256, 64, 3072)]  # n, k, half a head, columns
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "tokens"), [(37, 37), (51, 51), (64, 16), (100, 50), (128, 128)])
-@pytest.mark.parametrize("case", TURNED, ids=str)
+@pytest.mark.parametrize("case", ROTATED, ids=str)
 def test_a_product_that_rotates_its_columns(
     case: tuple[int, int, int, int], m: int, tokens: int, dtype: torch.dtype
 ) -> None:
     """The rotation of what it gives without; the other columns to the bit."""
-    n, k, half, turned = case
+    n, k, half, rotated = case
     draw = Draw("cuda", dtype, int.from_bytes(os.urandom(4), "little"), 8)
     x, w, config = draw.rows(m, k), draw.weight(n, k, k=k), warpgroup.default(n, k, False)
     assert warpgroup.rotates(n, half, config)
@@ -217,14 +217,14 @@ def test_a_product_that_rotates_its_columns(
     angle = torch.rand(1, tokens, half, generator=draw.generator).cuda() * 700
     plain, found = draw.poisoned(m, n), draw.poisoned(m, n)
     warpgroup.warpgroup(x, stored, plain, config=config)
-    warpgroup.warpgroup(x, stored, found, angles=(angle.cos(), angle.sin()), turned=turned, config=config)
-    heads = plain[:, :turned].view(m // tokens, tokens, -1, 2 * half)
-    wanted = numerics.meaning("rope", heads, angle.cos(), angle.sin()).to(dtype).reshape(m, turned)
-    assert numerics.distance(found[:, :turned], wanted) < ROUNDED_ONCE[dtype]
-    assert torch.equal(found[:, turned:], plain[:, turned:]) and draw.contained()
+    warpgroup.warpgroup(x, stored, found, angles=(angle.cos(), angle.sin()), rotated=rotated, config=config)
+    heads = plain[:, :rotated].view(m // tokens, tokens, -1, 2 * half)
+    wanted = numerics.meaning("rope", heads, angle.cos(), angle.sin()).to(dtype).reshape(m, rotated)
+    assert numerics.distance(found[:, :rotated], wanted) < ROUNDED_ONCE[dtype]
+    assert torch.equal(found[:, rotated:], plain[:, rotated:]) and draw.contained()
     first = found.clone()
     for _ in range(20):
-        warpgroup.warpgroup(x, stored, found, angles=(angle.cos(), angle.sin()), turned=turned, config=config)
+        warpgroup.warpgroup(x, stored, found, angles=(angle.cos(), angle.sin()), rotated=rotated, config=config)
         assert torch.equal(found, first)
 
 
@@ -270,13 +270,13 @@ def test_a_product_that_rotates_fits_its_card(m: int, monkeypatch: pytest.Monkey
     config = warpgroup.default(2560, 1024, False)
     assert config is not None
     x, w, out = draw.rows(m, 1024), draw.weight(2560, 1024, k=1024), draw.poisoned(m, 2560)
-    warpgroup.warpgroup(x, w, out, angles=angles, turned=2304, config=config)
+    warpgroup.warpgroup(x, w, out, angles=angles, rotated=2304, config=config)
     built = recorder.compile()
     check_fits(built, 90, tmp_path)
     assert not re.search(r"st\.global\S*\.b16", built.asm["ptx"]), "neighbouring columns are stored together"
     check_order(recorder, "w", {"x", "cosine", "sine"}, True)
     with pytest.raises(ValueError, match="heads of 12 entries"):
-        warpgroup.warpgroup(x, w, out, angles=(torch.zeros(1, m, 6),) * 2, turned=2304, config=config)
+        warpgroup.warpgroup(x, w, out, angles=(torch.zeros(1, m, 6),) * 2, rotated=2304, config=config)
 
 
 def test_a_launch_fills_every_multiprocessor_alike(monkeypatch: pytest.MonkeyPatch) -> None:

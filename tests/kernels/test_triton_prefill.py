@@ -228,7 +228,7 @@ def attention(
 def candidates(d: int) -> list[tuple[Any, ...]]:
     """The tiles that are measured for Hopper."""
     n = 256 if d == 72 else 561
-    return [tuple(c) for c in prefill_attention.candidates(n, n, 8, d, prefill_attention.Card(90, SHARED[90], 132))]
+    return [tuple(c) for c in prefill_attention.candidates(n, n, 8, d, prefill_attention.Card(90, SHARED[90]))]
 
 
 ACTS = [*ops.ACTIVATIONS]
@@ -471,7 +471,7 @@ def record(launch: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     module = importlib.import_module(f"cortexflow.kernels.triton.{room}")
     recorder = builds.record(module, kernel, arch, monkeypatch)
     if room == "prefill_attention":
-        monkeypatch.setattr(module, "card", lambda: module.Card(arch, SHARED[arch], 132))
+        monkeypatch.setattr(module, "card", lambda: module.Card(arch, SHARED[arch]))
     case(Draw("cpu", dtype, 0))
     return recorder
 

@@ -89,11 +89,11 @@ def expected(x: Inputs, scale: float) -> Tensor:
     return meaning("attention", q, keys, values, x.mask, scale=scale, causal=False)
 
 
-def run(x: Inputs, config: Any, turned: bool = False) -> None:
+def run(x: Inputs, config: Any, rotated: bool = False) -> None:
     b, m, heads, d = x.q.shape
     size = module.scratch_size(b, m, heads, x.cached_k.shape[1], config)
     scratch = torch.full((max(size, 1),), NAN, device=x.q.device), torch.empty(0)
-    module.segment_attention(*x[:9], d**-0.5, scratch, config, turned)
+    module.segment_attention(*x[:9], d**-0.5, scratch, config, rotated)
 
 
 def measure(case: Case, config: Any, device: str, dtype: torch.dtype, seed: int) -> tuple[float, bool]:
@@ -166,7 +166,7 @@ def test_scratch_that_is_too_small_is_refused() -> None:
 
 def test_only_a_split_takes_what_is_rotated_already() -> None:
     with pytest.raises(ValueError, match="rotates what it reads"):
-        run(draw(Case(3, 21, 3, 32), "cpu", F32, 0), module.FEW[0], turned=True)
+        run(draw(Case(3, 21, 3, 32), "cpu", F32, 0), module.FEW[0], rotated=True)
 
 
 @pytest.mark.parametrize("case", LARGE.values(), ids=list(LARGE))
@@ -249,13 +249,13 @@ def test_what_is_rotated_already_on_a_gpu(name: str, dtype: torch.dtype) -> None
         x = draw(case, "cuda", dtype, seed)
         wanted = expected(x, case.d**-0.5)
         rotate(x)
-        run(x, config, turned=True)
+        run(x, config, rotated=True)
         assert distance(x.out, wanted) < TOLERANCE[dtype], f"{config}, seed {seed}"
         assert x.drawn.contained()
         first = x.out.clone()
         for _ in range(20):
             x.out.fill_(NAN)
-            run(x, config, turned=True)
+            run(x, config, rotated=True)
             assert torch.equal(x.out, first), config
 
 
@@ -275,11 +275,11 @@ BUILDS += [(b, 50, 968, 256, arch) for b in (1, 8) for arch in (89, 90)] + [(3, 
 
 
 def record(
-    case: Case, config: Any, arch: int, monkeypatch: pytest.MonkeyPatch, room: Any, *kernels: str, turned: bool = False
+    case: Case, config: Any, arch: int, monkeypatch: pytest.MonkeyPatch, room: Any, *kernels: str, rotated: bool = False
 ) -> list[Recorder]:
     """What a call would launch on an architecture."""
     recorders = [builds.record(room, kernel, arch, monkeypatch) for kernel in kernels]
-    run(draw(case, "cpu", BF16, 0), config, turned)
+    run(draw(case, "cpu", BF16, 0), config, rotated)
     return recorders
 
 
@@ -301,14 +301,14 @@ SPLIT = [(Case(50, 968), 0), (Case(50, 968), 1), (Case(10, 560), 2), (Case(9, 40
 SPLIT += [(case._replace(b=8), place) for case, place in SPLIT]
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("case", "place"), SPLIT)
 def test_a_split_fits_a_hopper_card(
-    case: Case, place: int, turned: bool, cache: None, tmp_path: Path, monkeypatch: Any
+    case: Case, place: int, rotated: bool, cache: None, tmp_path: Path, monkeypatch: Any
 ) -> None:
     config = module.SPLITS[place]
     assert split_attention.fits(case.m, case.heads, case.d, case.n, config)
-    for launch in record(case, config, 90, monkeypatch, split_attention, "part_kernel", "add_kernel", turned=turned):
+    for launch in record(case, config, 90, monkeypatch, split_attention, "part_kernel", "add_kernel", rotated=rotated):
         built = launch.compile()
         check_fits(built, 90, tmp_path)
         around_wait(built, 90)

@@ -199,7 +199,7 @@ class TritonExecutable:
     def _launch(self, stages: tuple[str, ...]) -> None:
         """Launch some stages: early functions beside the module's first one, or each before its own."""
         from cortexflow.kernels.triton.common import OVERLAP
-        from cortexflow.kernels.triton.streams import beside
+        from cortexflow.kernels.triton.streams import beside, meet
 
         policy, early = self._policy, self.layout.early
         ahead = [early[name] for name in stages if name in early and stages[0] == self._all[0]]
@@ -210,8 +210,8 @@ class TritonExecutable:
                     for name in ahead:
                         getattr(policy, name)()
             for name in stages:
-                if ahead and name == stages[1] and policy.stream is not None:
-                    torch.cuda.current_stream().wait_stream(policy.stream)  # it begins with `settle`, as `join` ends
+                if ahead and name == stages[1]:
+                    meet(policy)
                 if not ahead and name in early:
                     getattr(policy, early[name])()
                 getattr(policy, name)()

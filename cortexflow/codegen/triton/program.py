@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cortexflow.codegen.torch import RULES as TORCH_RULES
 from cortexflow.codegen.triton.chains import find_chains
 from cortexflow.codegen.triton.claims import has_table
-from cortexflow.codegen.triton.rules import RULES, turns
+from cortexflow.codegen.triton.rules import RULES, can_rotate
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import SOURCES, Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -72,7 +72,7 @@ class Stage:
         self.done: set[Op] = set()  # launched together with an op before
         self.rotated = {} if "joined" in program.without else joined_rotations(func.block, program.plan)
         self.done |= {op for joined in self.rotated.values() for op in joined.ops}
-        self.turned = {} if "joined" in program.without else turned_products(self, func.block)
+        self.rotating = {} if "joined" in program.without else rotating_products(self, func.block)
         self.chains = {} if "chains" in program.without else find_chains(func.block, program.plan)
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
         self.branches = {branch.ops[0]: branch for branch in program.plan.branches}
@@ -313,17 +313,17 @@ def joined_rotations(block: Block, plan: Plan, step: Value | None = None) -> dic
     return found
 
 
-def turned_products(stage: Stage, block: Block) -> dict[Op, Op]:
+def rotating_products(stage: Stage, block: Block) -> dict[Op, Op]:
     """By each other: attention that can take rotated queries and keys, and the product that can rotate its columns."""
     found: dict[Op, Op] = {}
     for op in block.ops:
         if op.body:
-            found |= turned_products(stage, op.body)
+            found |= rotating_products(stage, op.body)
         if op.name != "fused.rotated_attention_segments":
             continue
         given = (op.inputs[0], *op.inputs[3:5])
         base = _whole(*given)
-        if base is None or base.op not in block.ops or not turns(stage, base.op, op):
+        if base is None or base.op not in block.ops or not can_rotate(stage, base.op, op):
             continue
         between = {w for v in given for w in (v, v.op and v.op.inputs[0])} - {base}  # views that nobody else may read
         reads = [v for other in block.walk() for v in other.inputs if v is base or v in between]

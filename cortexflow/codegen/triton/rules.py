@@ -84,14 +84,14 @@ def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = Fals
     if config.split > 1:
         return [*_parts(stage, x, w, config), f"warpgroup.combine(self.scratch[0], rows({out}), {config.split})"]
     unit = f"glu=True, act={op.attrs['kind']!r}, " if glu else ""
-    if op in stage.turned:
-        _, _, _, _, v, cosine, sine, _ = stage.turned[op].inputs
-        unit = f"angles=({stage.read(cosine, 3)}, {stage.read(sine, 3)}), turned={n - v.type.shape[-1]}, "
+    if op in stage.rotating:
+        _, _, _, _, v, cosine, sine, _ = stage.rotating[op].inputs
+        unit = f"angles=({stage.read(cosine, 3)}, {stage.read(sine, 3)}), rotated={n - v.type.shape[-1]}, "
     operands = f"{_flat(stage, x)}, {stage.weight(w, 'interleaved')}, rows({out})"
     return [f"warpgroup.warpgroup({operands}, {unit}config=warpgroup.{config!r})"]
 
 
-def turns(stage: Stage, product: Op, attention: Op) -> bool:
+def can_rotate(stage: Stage, product: Op, attention: Op) -> bool:
     """Whether a product's kernel can rotate queries and keys, and the attention's kernel leave them as they are."""
     if product.name != "matmul" or not _some(stage, product, 0, 1):
         return False
@@ -128,9 +128,9 @@ def _segments(stage: Stage, op: Op, out: str) -> list[str]:
     dense = (2,) * 5 + (3, 3, 1)  # axes that the kernels take to lie one behind the other
     q, k0, v0, *rest = (stage.read(v, axes) for v, axes in zip(op.inputs, dense, strict=True))
     operands = f"{', '.join([q, *rest[:2], k0, v0, *rest[2:]])}, {out}, {op.attrs['scale']!r}"
-    turned = ", turned=True" if op in stage.turned else ""
+    rotated = ", rotated=True" if op in stage.rotating else ""
     early = stage.settled(op.inputs[1], op.inputs[2])
-    return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r}{turned})"]
+    return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r}{rotated})"]
 
 
 def _token(stage: Stage, op: Op, out: str) -> list[str]:

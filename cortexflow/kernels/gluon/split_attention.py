@@ -139,9 +139,9 @@ def part_kernel(
     q_token, k_token, v_token, key_token, value_token, mask_row,
     q_sample, k_sample, v_sample, key_sample, value_sample, mask_sample, angle_sample, SCALE: gl.constexpr,
     M: gl.constexpr, PREFIX: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr,
-    PARTS: gl.constexpr, PADDED: gl.constexpr, BATCHED: gl.constexpr, OWN: gl.constexpr, TURNED: gl.constexpr,
+    PARTS: gl.constexpr, PADDED: gl.constexpr, BATCHED: gl.constexpr, OWN: gl.constexpr, ROTATED: gl.constexpr,
 ):  # fmt: skip
-    """One block: 64 rows and one part of the keys of a sample; TURNED where queries and own keys are rotated already.
+    """One block: 64 rows and one part of the keys of a sample; ROTATED where queries and own keys are rotated already.
 
     To partial [b, PARTS, PADDED, D] and f32 stats [b, 2, PARTS, PADDED]. Within 32 columns those of `partial` are in
     the order of a thread's accumulators: 16 bytes at once.
@@ -208,7 +208,7 @@ def part_kernel(
     wait_for_previous()
 
     seen = gl.load(mask, mask=there & (t < M)[:, None], other=0)
-    if TURNED:
+    if ROTATED:
         row = gl.arange(0, 64, gl.SliceLayout(1, half))
         t = tile * TOKENS + row // HEADS
         q += t[:, None] * q_token + (row % HEADS)[:, None] * D + d
@@ -320,14 +320,14 @@ def split_attention(
     scale: float,
     scratch: Tensor,
     config: Split,
-    turned: bool = False,
+    rotated: bool = False,
 ) -> None:
     """out [b, m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
 
     q [b, m, heads, d], own k and v [b, m, 1, d], cache [b, n, 1, d] (rotated), angles f32 [1|b, m, d/2], dense, mask
     bool [1|b, 1|m, n + m]; 16-bit floats of one dtype, where `fits`. Samples and tokens may be strided by a multiple
     of 8, the heads of one are contiguous. `scratch`, float32, has b · `scratch_size` numbers; it needs no initial
-    value. `turned`: q and own k are rotated already.
+    value. `rotated`: q and own k are rotated already.
     """
     b, m, heads, d = q.shape
     n = cached_k.shape[1]
@@ -340,7 +340,7 @@ def split_attention(
         q.stride(1), own_k.stride(1), own_v.stride(1), cached_k.stride(1), cached_v.stride(1),
         mask.stride(1) if mask.shape[1] > 1 else 0,
         *map(per_sample, (q, own_k, own_v, cached_k, cached_v, mask, cosine)),
-        SCALE=scale * math.log2(math.e), PREFIX=n, KEYS=config.keys, OWN=OWN, TURNED=turned,
+        SCALE=scale * math.log2(math.e), PREFIX=n, KEYS=config.keys, OWN=OWN, ROTATED=rotated,
         **shape, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
     add_kernel[(triton.cdiv(m * heads, config.rows), b)](

@@ -73,33 +73,17 @@ def warpgroup_kernel(
     x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
     N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
     AHEAD: gl.constexpr, ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr,
-    TURNED: gl.constexpr,
+    ROTATED: gl.constexpr,
 ):  # fmt: skip
     """out = act(x @ w.T), or with SPLIT > 1 the sums of one part of k, float32, to out [SPLIT, ROWS, N].
 
-    With HALF, half a head: the first TURNED columns are rotated by row m % ANGLES of the angles.
+    Two sets of columns, halves of a tile, meet where they are stored: gate and up of a unit, or with HALF, half a head,
+    those that are rotated together. The first ROTATED columns are, by row m % ANGLES of the angles.
     """
     let_next_start()
-    if gl.program_id(0) < N // COLUMNS * SPLIT:
-        _product(
-            x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
-            N, K, COLUMNS, SPLIT, CHUNK, AHEAD, ROWS, GLU, ACT, HALF, TURNED,
-        )  # fmt: skip
-    else:
+    if gl.program_id(0) >= N // COLUMNS * SPLIT:
         wait_for_previous()  # meanwhile its memory is taken
-
-
-@gluon.jit
-def _product(
-    x, w, out, cosine, sine, M, x_row, out_row, ANGLES,
-    N: gl.constexpr, K: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr,
-    AHEAD: gl.constexpr, ROWS: gl.constexpr, GLU: gl.constexpr, ACT: gl.constexpr, HALF: gl.constexpr,
-    TURNED: gl.constexpr,
-):  # fmt: skip
-    """What a program with columns does.
-
-    Two sets of columns, halves of a tile, meet where they are stored: gate and up of a unit, or the halves of a head.
-    """
+        return
     PART: gl.constexpr = K // SPLIT
     CHUNKS: gl.constexpr = PART // CHUNK
     dtype: gl.constexpr = w.dtype.element_ty
@@ -149,8 +133,8 @@ def _product(
     wait_for_previous()
     if HALF:
         angle = (m_o % ANGLES)[:, None] * HALF + (n_o % (2 * HALF))[None, :]
-        c = gl.load(cosine + angle, mask=there & (tile < TURNED), other=1.0)
-        s = gl.load(sine + angle, mask=there & (tile < TURNED), other=0.0)
+        c = gl.load(cosine + angle, mask=there & (tile < ROTATED), other=1.0)
+        s = gl.load(sine + angle, mask=there & (tile < ROTATED), other=0.0)
     a = ()
     for i in gl.static_range(min(AHEAD, CHUNKS)):
         a += (gl.load(mine + i * CHUNK),)
@@ -242,14 +226,14 @@ def warpgroup(
     act: str = "none",
     glu: bool = False,
     angles: tuple[Tensor, Tensor] | None = None,
-    turned: int = 0,
+    rotated: int = 0,
     config: Config,
 ) -> None:
     """out [m, n] = act(x [m, k] @ w.T), w [n, k] in that order of k (with `glu` [2 n, k]: gate, then up rows).
 
     m up to 128; bf16 or f16, sums in float32. Rows of x and out may be strided. With a split, out is the
     scratch for `combine`: float32, at least split * n times m as a multiple of 64. `angles`, cosines and sines
-    f32 [1|b, t, d/2], dense, m = b t: the first `turned` columns are heads of d entries, whose halves are rotated once
+    f32 [1|b, t, d/2], dense, m = b t: the first `rotated` columns are heads of d entries, whose halves are rotated once
     they are rounded; for a product that is not split, 16 columns a program, n a multiple of d.
     """
     m, k = x.shape
@@ -262,7 +246,7 @@ def warpgroup(
     warpgroup_kernel[(turns * processors(),)](
         x, w, out, cosine, sine, m, x.stride(0), out.stride(0), cosine.numel() // half if half else 1,
         N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, AHEAD=config.ahead, ROWS=padded(m),
-        GLU=glu, ACT=act, HALF=half, TURNED=turned, num_warps=padded(m) // 16, launch_pdl=overlaps(),
+        GLU=glu, ACT=act, HALF=half, ROTATED=rotated, num_warps=padded(m) // 16, launch_pdl=overlaps(),
     )  # fmt: skip
 
 

@@ -205,20 +205,19 @@ def attention_kernel(
 
 
 class Card(NamedTuple):
-    """What a tile must fit: compute capability times ten, bytes of shared memory of a block, processors."""
+    """What a tile must fit: compute capability times ten, bytes of shared memory of a block."""
 
     capability: int
     shared: int
-    processors: int
 
 
 @cache
 def card() -> Card:
     """The current card; where there is none, the smallest that is supported."""
     if not torch.cuda.is_available():
-        return Card(89, shared_memory(), 128)
+        return Card(89, shared_memory())
     major, minor = torch.cuda.get_device_capability()
-    return Card(10 * major + minor, shared_memory(), torch.cuda.get_device_properties().multi_processor_count)
+    return Card(10 * major + minor, shared_memory())
 
 
 def candidates(m: int, n: int, per: int, d: int, on: Card) -> list[Config]:

@@ -22,7 +22,6 @@ from cortexflow.kernels.triton.common import activate, let_next_start, overlaps,
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 FEW_ROWS = 16  # with at most so many a product is bound by the bytes of its weights
-SOME_ROWS = 64  # with at most so many the library leaves most of a card idle in float32
 
 
 class Config(NamedTuple):
@@ -254,8 +253,6 @@ def product(
         raise ValueError("rows of x and w must be dense")
     x_align, w_align = _alignment(x), _alignment(w)
     c = config or default(m, n, k, pairs, shared_memory(), x.element_size(), described=x_align == w_align == 0)
-    if config is None and (scratch is None or scratch.numel() < c.split * m * n):
-        c = c._replace(split=1)
     if pairs and c.split > 1:
         raise ValueError("a product with a gated unit is not split")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
@@ -301,8 +298,8 @@ def default(
         # 4,480 rows: 0.9 ms against 1.07 (benchmarks/README.md, batches)
         return candidates(m, n, k, pairs, 1)[0]
     columns = 64 if pairs or n <= 64 else 128
-    if itemsize > 2:  # 50 x 1024 x 1024: 6.8 µs against the library's 13.5 on an H200
-        return Config(64, 0, 32, 64, 4 if m <= SOME_ROWS and k >= 512 and not pairs else 1, warps=4, stages=3)
+    if itemsize > 2:
+        return Config(64, 0, 32, 64, warps=4, stages=3)
     rows, warps = (64, 4) if m <= 64 or k < 1024 else (128, 8)
     depth, stages = (64, 4) if shared_bytes > 200 * 1024 else (32, 4)
     return Config(rows, 0, columns, depth, warps=warps, stages=stages)

@@ -250,14 +250,14 @@ def segment_attention(
     scale: float,
     scratch: tuple[Tensor, Tensor],
     config: Config | Split,
-    turned: bool = False,
+    rotated: bool = False,
 ) -> None:
     """out [b, m, heads, d] = attention of rotated q to the cache and to the tokens' own rotated keys.
 
     q [b, m, heads, d], own k and v [b, m, 1, d], cache [b, n, 1, d] (rotated), angles f32 [1|b, m, d/2], dense, mask
     bool [1|b, 1|m, n + m]; d a power of two from 32. Tokens may be strided, the heads of one are contiguous.
     `scratch[0]`, float32, holds weights and sums in between (`scratch_size` numbers); it needs no initial value.
-    `turned`: q and own k are rotated already, which a `Split` can take.
+    `rotated`: q and own k are rotated already, which a `Split` can take.
     """
     b, m, heads, d = q.shape
     n = cached_k.shape[1]
@@ -266,10 +266,10 @@ def segment_attention(
         raise ValueError(f"scratch of {scratch[0].numel()} numbers where {needed} are needed")
     if isinstance(config, Split):
         split.split_attention(
-            q, own_k, own_v, cached_k, cached_v, cosine, sine, mask, out, scale, scratch[0], config, turned
+            q, own_k, own_v, cached_k, cached_v, cosine, sine, mask, out, scale, scratch[0], config, rotated
         )
         return
-    if turned:
+    if rotated:
         raise ValueError(f"{config} rotates what it reads: hand it unrotated queries and keys, or a Split")
     tiles, padded = _extent(m, heads, n, config)
     stats = scratch[0].view(-1)[: b * 2 * tiles * padded]

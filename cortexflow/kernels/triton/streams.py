@@ -40,8 +40,13 @@ def beside(plan: Plan) -> Iterator[None]:
         plan.scratch = before
 
 
-def join(plan: Plan) -> None:
-    """Wait for what was launched `beside`."""
+def meet(plan: Plan) -> None:
+    """Wait for what was launched `beside`; enough before a stage, which begins with `settle`."""
     if plan.stream is not None:
         torch.cuda.current_stream().wait_stream(plan.stream)
+
+
+def join(plan: Plan) -> None:
+    """Wait for what was launched `beside`, before kernels that may read it before their turn."""
+    meet(plan)
     settle(plan.scratch)
