@@ -28,14 +28,14 @@ from cortexflow.kernels.gluon.common import barrier, let_next_start, wait_for_pr
 from cortexflow.kernels.triton.common import overlaps, per_sample
 
 ROWS = 64  # of one warpgroup instruction
-OWN = 8  # places among a block's keys for the tokens' own
+OWN = 8  # places among a block's keys that are filled late: the tokens' own go there
 
 
 class Split(NamedTuple):
     """How the two kernels share the work; powers of two."""
 
     keys: int = 64
-    """Keys of a block, with `OWN` places for the tokens' own."""
+    """Keys of a block, up to `OWN` of them the tokens' own."""
     rows: int = 4
     """Rows of a block that adds, one a warp."""
 
@@ -47,7 +47,10 @@ def fits(m: int, heads: int, d: int, n: int, config: Split) -> bool:
 
 def parts(m: int, n: int, config: Split) -> int:
     """Blocks that share the keys of a tile of rows."""
-    return max(triton.cdiv(n, config.keys - OWN), triton.cdiv(m, OWN))
+    count = max(triton.cdiv(n + m, config.keys), triton.cdiv(m, OWN))
+    while triton.cdiv(n, count) + triton.cdiv(m, count) > config.keys:
+        count += 1
+    return count
 
 
 def tiles(m: int, heads: int) -> int:
@@ -89,10 +92,10 @@ def _rotated(x1, x2, c, s, dtype: gl.constexpr):
 
 @gluon.jit
 def _rotate(
-    q, own_k, own_v, cosine, sine, q1, q2, k1, k2, values, tile, own, d, k_there, v_there, q_token, k_token,
+    q, own_k, own_v, cosine, sine, q1, q2, tile, own, d, k_there, v_there, q_token, k_token,
     M: gl.constexpr, HEADS: gl.constexpr, OWN: gl.constexpr, half: gl.constexpr, full: gl.constexpr,
 ):  # fmt: skip
-    """Rotated queries and own keys to their places, with the own values, behind all copies that are under way."""
+    """Rotated queries to their places, behind all copies under way: (halves of rotated own keys, own values)."""
     HALF: gl.constexpr = q1.shape[1]
     D: gl.constexpr = 2 * HALF
     TOKENS: gl.constexpr = 64 // HEADS
@@ -128,9 +131,7 @@ def _rotate(
     q1.store(x1.reshape([64, HALF]))
     q2.store(x2.reshape([64, HALF]))
     y1, y2 = _rotated(own1.load(half), own2.load(half), cosines.load(half), sines.load(half), dtype)
-    k1.slice(0, OWN, 0).store(y1)
-    k2.slice(0, OWN, 0).store(y2)
-    values.slice(0, OWN, 0).store(own3.load(full))
+    return y1, y2, own3.load(full)
 
 
 @gluon.jit
@@ -168,21 +169,21 @@ def part_kernel(
     outer: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     at_rest: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
 
-    # OWN places for tokens, then the keys of the prefix.
+    # MINE places for tokens, then the keys of the prefix; what is in the first OWN places is stored after the wait.
     half: gl.constexpr = _lines(HALF)
     full: gl.constexpr = _lines(D)
     k1 = gl.allocate_shared_memory(dtype, [KEYS, HALF], at_rest)
     k2 = gl.allocate_shared_memory(dtype, [KEYS, HALF], at_rest)
     values = gl.allocate_shared_memory(dtype, [KEYS, D], at_rest)
-    at = gl.arange(0, KEYS, gl.SliceLayout(1, half)) - OWN
+    at = gl.arange(0, KEYS, gl.SliceLayout(1, half)) - MINE
     n = part * EACH + at
-    there = ((at >= 0) & (at < EACH) & (n < PREFIX))[:, None]
+    there = ((at >= OWN - MINE) & (at < EACH) & (n < PREFIX))[:, None]
     place = cached_k + n[:, None] * key_token + gl.arange(0, HALF, gl.SliceLayout(0, half))[None, :]
     async_copy.async_copy_global_to_shared(k1, place, mask=there)
     async_copy.async_copy_global_to_shared(k2, place + HALF, mask=there)
-    at = gl.arange(0, KEYS, gl.SliceLayout(1, full)) - OWN
+    at = gl.arange(0, KEYS, gl.SliceLayout(1, full)) - MINE
     n = part * EACH + at
-    there = ((at >= 0) & (at < EACH) & (n < PREFIX))[:, None]
+    there = ((at >= OWN - MINE) & (at < EACH) & (n < PREFIX))[:, None]
     place = cached_v + n[:, None] * value_token + gl.arange(0, D, gl.SliceLayout(0, full))[None, :]
     async_copy.async_copy_global_to_shared(values, place, mask=there)  # zeros where none is
     async_copy.commit_group()
@@ -194,16 +195,24 @@ def part_kernel(
     k_there = ((i < MINE) & (part * MINE + i < M))[:, None]
     d = gl.arange(0, HALF, gl.SliceLayout(0, half))[None, :]
     own = (part * MINE + i)[:, None]
+    n = part * EACH + i - MINE
+    there = ((i >= MINE) & (i < EACH + MINE) & (n < PREFIX))[:, None]
+    z1 = gl.load(cached_k + n[:, None] * key_token + d, mask=there, other=0.0)
+    z2 = gl.load(cached_k + n[:, None] * key_token + d + HALF, mask=there, other=0.0)
     i = gl.arange(0, OWN, gl.SliceLayout(1, full))
     v_there = ((i < MINE) & (part * MINE + i < M))[:, None]
-    own_v += (part * MINE + i)[:, None] * v_token + gl.arange(0, D, gl.SliceLayout(0, full))[None, :]
+    n = part * EACH + i - MINE
+    there = ((i >= MINE) & (i < EACH + MINE) & (n < PREFIX))[:, None]
+    e = gl.arange(0, D, gl.SliceLayout(0, full))[None, :]
+    z3 = gl.load(cached_v + n[:, None] * value_token + e, mask=there, other=0.0)
+    own_v += (part * MINE + i)[:, None] * v_token + e
     marked: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     t = tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(1, marked))
     at = gl.arange(0, KEYS, gl.SliceLayout(0, marked))
     mine = part * MINE + at
-    n = part * EACH + at - OWN
-    there = gl.where(at < OWN, (at < MINE) & (mine < M), (at < EACH + OWN) & (n < PREFIX))[None, :]
-    n = gl.where(at < OWN, PREFIX + mine, n)
+    n = part * EACH + at - MINE
+    there = gl.where(at < MINE, mine < M, (at < EACH + MINE) & (n < PREFIX))[None, :]
+    n = gl.where(at < MINE, PREFIX + mine, n)
     mask += t[:, None] * mask_row + n[None, :]
     wait_for_previous()
 
@@ -221,14 +230,14 @@ def part_kernel(
         y3 = gl.load(own_v, mask=v_there, other=0.0)
         async_copy.wait_group(0)
         barrier()
-        k1.slice(0, OWN, 0).store(y1)
-        k2.slice(0, OWN, 0).store(y2)
-        values.slice(0, OWN, 0).store(y3)
     else:
-        _rotate(
-            q, own_k, own_v, cosine, sine, q1, q2, k1, k2, values, tile, own, d, k_there, v_there,
-            q_token, k_token, M, HEADS, OWN, half, full,
+        y1, y2, y3 = _rotate(
+            q, own_k, own_v, cosine, sine, q1, q2, tile, own, d, k_there, v_there, q_token, k_token, M, HEADS, OWN,
+            half, full,
         )  # fmt: skip
+    k1.slice(0, OWN, 0).store(gl.where(k_there, y1, z1))
+    k2.slice(0, OWN, 0).store(gl.where(k_there, y2, z2))
+    values.slice(0, OWN, 0).store(gl.where(v_there, y3, z3))
     # added to the logits: nothing where the key is seen, and where it is not so much that it counts for nothing
     marks.store(gl.where(there, gl.where(seen != 0, 0.0, -1.0e30), -3.0e38))
     fence_async_shared()
