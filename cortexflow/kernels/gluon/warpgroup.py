@@ -60,8 +60,8 @@ def default(n: int, k: int, glu: bool) -> Config | None:
     """
     split, columns, chunk, ahead = (1, 32, 128, 2) if glu else (1, 16, 256, 1)
     if not glu and n < 2048:  # too few columns to occupy the card
-        split, columns = max(s for s in (1, 2, 4, 8) if k % (256 * s) == 0), 64
-        chunk, ahead = 128, 2 if k // split < 512 else 4
+        columns, most = (32, 4) if k <= 2048 else (64, 8)
+        split, chunk, ahead = max(s for s in (1, 2, 4, 8) if s <= most and k % (256 * s) == 0), 256, 2
     while columns > 8 and columns * (1 + glu) * k // split * 2 > MOST:
         columns //= 2
     fits = columns * (1 + glu) * k // split * 2 <= MOST and k % (split * chunk) == 0 and n % columns == 0

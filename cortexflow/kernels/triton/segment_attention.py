@@ -41,7 +41,7 @@ class Config(NamedTuple):
     """Warps of such a program."""
 
 
-FEW = (Config(16, 64, 8, 16, 32, 4), Config(16, 64, 4, 16, 32, 4))
+FEW = (Config(16, 64, 8, 16, 32, 2), Config(16, 64, 8, 16, 32, 4), Config(16, 64, 4, 16, 32, 4))
 MANY = (Config(64, 64, 8, 16, 64, 8), Config(64, 32, 4, 16, 64, 4), Config(32, 128, 8, 16, 32, 4))
 SPLITS = (Split(64), Split(128), Split(32))  # the last has too many parts where keys are many
 MOST_BLOCKS = 96  # of 64 keys. 126 of them take the room in which the next products fetch their weights
