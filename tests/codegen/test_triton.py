@@ -99,6 +99,7 @@ def test_the_encoder_has_a_launch_for_every_product_and_norm_and_copies_nothing(
         assert launches(text, "transformer_encoder", f"prefix.layers.{i}") == [*attention, *unit]
     vision = ["torch.addmm", "prefill_attention.attention", "torch.addmm", "layer_norm"]
     vision += ["torch._addmm_activation", "torch.addmm", "layer_norm"]
+    assert launches(text, "transformer_encoder", "prefix.layers.17") == ["rms_norm", "torch.mm", "rope_and_cache"]
     for i in range(1, 27):
         assert launches(text, "vision_encoder", f"vision.layers.{i}") == vision
 

@@ -103,7 +103,7 @@ def test_a_reference_case_of_three_samples_runs_the_kernels_for_batches() -> Non
     text, _ = plan_text(config, batch=3)
     plan = text[text.index("class Policy") :]
     assert plan.count(" segment_attention(") == config.num_decoder_layers
-    assert plan.count("summed_norm(") and plan.count(" rope_and_cache(") == config.num_encoder_layers - 1
+    assert plan.count("summed_norm(") and plan.count(" rope_and_cache(") == config.num_encoder_layers
 
 
 def attending(

@@ -21,7 +21,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from cortexflow.ir import ops
-from cortexflow.kernels.triton import prefill_attention, rows
+from cortexflow.kernels.triton import prefill_attention, product, rows
 from tests.kernels import builds
 from tests.kernels.builds import ACCESS, OVERLAP, SHARED, Recorder, around_wait, check_fits
 from tests.kernels.numerics import BF16, EPS, F16, F32, NAN, TOLERANCE, Draw, check, distance, interpret, meaning
@@ -82,22 +82,36 @@ def norm_behind_a_bias(m: int, k: int, centred: bool, scaled: bool = False) -> C
 
 
 def summed_norm(
-    m: int, k: int, gate: bool = True, scale: bool = True, shift: bool = True, onto: str = "the residual"
+    m: int,
+    k: int,
+    gate: bool = True,
+    scale: bool = True,
+    shift: bool = True,
+    onto: str = "the residual",
+    parts: int = 1,
+    centred: bool = False,
 ) -> Case:
-    """A sum, rounded and stored, and above it the norm of what was stored; `onto`: where the sum goes."""
+    """A sum, rounded and stored, and above it the norm of what was stored; `onto`: where the sum goes.
+
+    `centred`: of the layer norm, with a bias to x. x may come in parts, in float32.
+    """
 
     def case(draw: Draw) -> tuple[Tensor, Tensor]:
-        whole, x, r = draw.poisoned(2 * m, k), draw.rows(m, k), draw.normal(m, k)
+        whole, r = draw.poisoned(2 * m, k), draw.normal(m, k)
+        x = draw.normal(parts * m, k, dtype=F32) if parts > 1 else draw.rows(m, k)
         out, summed = whole[:m], whole[m:]
-        g, s, t = draw.normal(k), draw.normal(k), draw.normal(k)
-        sums = (r.double() + x.double() * (g.double() if gate else 1)).to(x.dtype).double()
-        normed = meaning("rms_norm", sums, eps=EPS) * (s.double() if scale else 1) + (t.double() if shift else 0)
+        g, s, t, b = draw.normal(k), draw.normal(k), draw.normal(k), draw.normal(k)
+        y = x.double().view(parts, m, k).sum(0) + (b.double() if centred else 0)
+        sums = (r.double() + y * (g.double() if gate else 1)).to(r.dtype).double()
+        normed = meaning("layer_norm" if centred else "rms_norm", sums, eps=EPS)
+        normed = normed * (s.double() if scale else 1) + (t.double() if shift else 0)
         if onto == "the residual":
             r = summed.copy_(r)
         if onto == "x":
             x = summed.copy_(x)
         given = {"gate": g if gate else None, "scale": s if scale else None, "shift": t if shift else None}
-        rows.summed_norm(x, summed, out, EPS, residual=r, **given)
+        given |= {"bias": b if centred else None}
+        rows.summed_norm(x, summed, out, EPS, residual=r, **given, centred=centred, parts=parts)
         return whole, torch.cat([normed, sums])
 
     return case
@@ -249,6 +263,9 @@ SMALL: dict[str, Case] = {
     "summed_norm in place of x": summed_norm(3, 130, onto="x"),
     "summed_norm plain": summed_norm(5, 1400, gate=False, scale=False, shift=False),
     "summed_norm scaled": summed_norm(2, 19, shift=False),
+    "summed_norm of parts": summed_norm(5, 37, gate=False, parts=3),
+    "summed layer norm of parts": summed_norm(3, 130, gate=False, parts=2, centred=True),
+    "summed layer norm": summed_norm(3, 37, onto="apart", centred=True),
     **{f"glu {a}": glu(2, 21, a) for a in ACTS},
     "glu in pieces": glu(2, 2051, "gelu_tanh"),
     "glu of pairs": glu(2, 2051, "silu", True),
@@ -258,6 +275,7 @@ SMALL: dict[str, Case] = {
     "rope and cache of one group": rope_and_cache(1, 3, 8, 1, 16),
     "rope and cache in place": rope_and_cache(1, 3, 5, 3, 10, "in place"),
     "rope and cache of keys": rope_and_cache(1, 3, 5, 3, 10, "left"),
+    "rope and cache of keys alone": rope_and_cache(2, 3, 0, 1, 16, "left"),
     "rope and cache of many heads": rope_and_cache(2, 3, 16, 8, 12),
     "rope and cache of many heads in place": rope_and_cache(1, 3, 4, 4, 16, "in place"),
     "argmax": argmax(3, 37),
@@ -313,6 +331,8 @@ LARGE: dict[str, Case] = {
     "summed_norm": summed_norm(80, 1024),
     "summed_norm odd": summed_norm(33, 1153, shift=False, onto="apart"),
     "summed_norm wide": summed_norm(37, 2048, gate=False, onto="x"),
+    "summed_norm of parts": summed_norm(33, 2048, gate=False, shift=False, parts=2),
+    "summed layer norm of parts": summed_norm(37, 1152, gate=False, parts=3, centred=True),
     **{f"glu {a}": glu(13, 999, a) for a in ACTS},
     "glu": glu(561, 16384, "gelu_tanh"),
     "glu of pairs": glu(277, 11008, "silu", True),
@@ -321,6 +341,7 @@ LARGE: dict[str, Case] = {
     "rope and cache": rope_and_cache(1, 561, 8, 1, 256),
     "rope and cache in place": rope_and_cache(1, 21, 5, 3, 18, "in place"),
     "rope and cache of keys": rope_and_cache(1, 21, 5, 3, 18, "left"),
+    "rope and cache of keys alone": rope_and_cache(1, 561, 0, 1, 256, "left"),
     "rope and cache of many heads": rope_and_cache(1, 277, 32, 32, 128),
     "rope and cache of a batch of tokens": rope_and_cache(3, 1, 32, 8, 128),
     "argmax": argmax(7, 32064),
@@ -400,6 +421,29 @@ def test_a_norm_with_its_sum_has_the_bits_of_two_launches(k: int, dtype: torch.d
     rows.epilogue(x, sums, residual=r, gate=gate)
     rows.modulated_norm(sums, norms, scale, shift, EPS)
     assert torch.equal(summed, sums) and torch.equal(normed, norms)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("n", [1152, 2048])
+def test_a_norm_that_adds_parts_has_the_bits_of_two_launches(n: int, dtype: torch.dtype) -> None:
+    """As many parts of a product of ours; the library's parts add up to its product."""
+    draw = Draw("cuda", dtype, int.from_bytes(os.urandom(4), "little"))
+    x, w, r, scale, shift, bias = (draw.normal(*s) for s in ((80, 4096), (4096, n), (80, n), (n,), (n,), (n,)))
+    scratch, config = (
+        torch.full((4 * 80 * n,), float("nan"), device="cuda"),
+        product.Config(64, columns=64, split=3, warps=4),
+    )
+    summed, normed, sums, norms = (draw.poisoned(80, n) for _ in range(4))
+    parts = product.product(x, w, summed, scratch=scratch, config=config, finish=False)
+    ends = {"residual": r, "bias": bias}
+    rows.summed_norm(parts, summed, normed, EPS, **ends, scale=scale, shift=shift, centred=True, parts=3)
+    product.product(x, w, sums, **ends, scratch=scratch, config=config)
+    rows.layer_norm(sums, norms, EPS, scale, shift)
+    assert torch.equal(summed, sums) and torch.equal(normed, norms)
+    whole = product.parted(x, w, scratch, 2).view(2, 80, n).sum(0)
+    wanted = x.double() @ w.double()
+    assert ((whole - wanted).abs().max() / wanted.abs().max()).item() < 1e-5
 
 
 @pytest.mark.gpu

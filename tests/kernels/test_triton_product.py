@@ -121,6 +121,8 @@ def test_refusals() -> None:
         room.product(x, w[:, :16], out, config=Config(split=2), scratch=torch.zeros(5))
     with pytest.raises(ValueError, match="dense"):
         room.product(x, torch.zeros(16, 64).t(), out)
+    with pytest.raises(ValueError, match="no parts to hand on"):
+        room.product(x, w[:, :16], out, config=Config(), finish=False)
 
 
 @pytest.mark.parametrize("m", [1, 16, 512, 560, 968, 4480])

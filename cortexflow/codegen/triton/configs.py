@@ -17,7 +17,11 @@ from cortexflow.ir.dtypes import TORCH_DTYPES
 if TYPE_CHECKING:
     from cortexflow.codegen.triton.program import Stage
 
-LIBRARY: tuple[int, ...] = ()  # in place of a config: PyTorch's product, with its epilogue behind
+# In place of a config: PyTorch's product, with its epilogue behind, of a weight [k, n]; of one stored as [n, k]; with k
+# in two parts, which a norm behind adds.
+LIBRARY: tuple[Any, ...] = ()
+LIBRARY_ROWS: tuple[Any, ...] = ("rows",)
+LIBRARY_PARTS: tuple[Any, ...] = ("parts", 2)
 
 
 def streamed(stage: Stage, op: Op, n: int, k: int, glu: bool, norm: bool) -> Any:
@@ -42,8 +46,8 @@ def segmented(stage: Stage, op: Op) -> Any:
     return default(b, m, heads, d, op.inputs[1].type.shape[1], room=SCRATCH)
 
 
-def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, result: str) -> Any:
-    """Of `kernels/triton/product.py` for x [m, k] @ w [k, n]; None for the library.
+def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, result: str, stored: bool = False) -> Any:
+    """Of `kernels/triton/product.py` for x [m, k] @ w [k, n], or the library, whose w may be stored in either order.
 
     `what`: `matmul` or the fused op's name, which says the epilogue; `pairs` for a gated unit, which stands behind the
     library's product. `result`: its dtype, wider than `dtype` where logits are wanted as they were summed: ours then.
@@ -52,22 +56,26 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
 
     unit, wider, few = what == "pairs", result != dtype, m <= product.FEW_ROWS
     off = "epilogues" in stage.program.without or (few and "streaming" in stage.program.without)
-    if dtype == "f32" and not off and product.FEW_ROWS < m <= SOME_ROWS:
-        # 50 x 1024 x 1024 in four parts: 6.8 µs against the library's 13.5 on an H200 (benchmarks/README.md)
-        split = 4 if k >= 512 and 4 * m * n <= SCRATCH else 1
+    if dtype == "f32" and not off and m > product.FEW_ROWS and (m <= SOME_ROWS or m * n * k <= 1 << 30):
+        # On an H200 50 x 1024 x 1024 take 6.8 µs in four parts, 13.5 in the library; 512 x 1152 x 588 take 23 and 31.
+        split = 4 if m <= SOME_ROWS and k >= 512 and 4 * m * n <= SCRATCH else 1
         return product.default(m, n, k, unit, _shared_bytes(), 4)._replace(split=split)
     if not unit and not wider and (off or dtype not in TENSOR_CORES or product.FEW_ROWS < m < 64):
-        return None
+        return LIBRARY
     offered: Sequence[Any] = product.candidates(m, n, k, pairs=unit, count=8 if few else 6)
     described = "overlap" not in stage.program.without  # without it blocks come through pointers
     default: Any = product.default(m, n, k, unit, _shared_bytes(), described=described)
     if not wider and (not unit or m * n <= SCRATCH):
         # of pairs, 277 rows were faster in the library (86 µs against 113), 532 and more in tiles of ours
         offered, default = [LIBRARY, *offered], default if few or (unit and not 128 < m < 512) else LIBRARY
+        if stored and "linear" in what:  # others gain nothing, and plans for other rows would hold their weights twice
+            offered.append(LIBRARY_ROWS)
+        if stored and "residual" in what and k % 16 == 0 and 2 * m * n <= SCRATCH:
+            offered.append(LIBRARY_PARTS)
     measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what, result) if stage.program.tune else None
     key = (dtype, m, n, k, what) if result == dtype else (dtype, m, n, k, what, result)
     found = choose("product", key, offered, default, measure)
-    return product.Config(*found) if found else None
+    return found if found in (LIBRARY, LIBRARY_ROWS, LIBRARY_PARTS) else product.Config(*found)
 
 
 def attending(stage: Stage, op: Op) -> Any:
@@ -102,26 +110,42 @@ def _random(*shape: int, dtype: torch.dtype) -> Tensor:
 def _measure_product(
     offered: Sequence[Any], dtype: torch.dtype, m: int, n: int, k: int, what: str, result: str
 ) -> Callable[[Any], float]:
-    """Microseconds of a product with its epilogue, over weights that the cache does not hold from call to call."""
+    """Microseconds of a product between norms, over weights that the cache does not hold from call to call.
+
+    A kernel of ours overlaps with those beside it, which the library's do not; and a norm may add parts.
+    """
     from cortexflow.kernels.triton import product
-    from cortexflow.kernels.triton.rows import epilogue, glu
+    from cortexflow.kernels.triton.rows import epilogue, glu, layer_norm, rms_norm, summed_norm
 
     unit = what == "pairs"
     wide = 2 * n if unit else n
     copies = max(2, min(8, (200 << 20) // (k * wide * 2)))
-    x, bias, r = (_random(*s, dtype=dtype) for s in ((m, k), (n,), (m, n)))
+    x, bias, ahead, normed = (_random(*s, dtype=dtype) for s in ((m, k), (n,), (m, min(k, 2048)), (m, n)))
     out = _random(m, n, dtype=TORCH_DTYPES[result])
     scratch = torch.empty(SCRATCH, device="cuda")
     ws = itertools.cycle([_random(k, wide, dtype=dtype) * k**-0.5 for _ in range(copies)])
     ends: dict[str, Any] = {"bias": bias} if "linear" in what else {}
-    ends |= {"residual": r} if "residual" in what else {}
+    ends |= {"residual": out} if "residual" in what else {}
+    norm = layer_norm if "linear" in what else rms_norm
     act = what.split()[1] if what.startswith("linear_act ") else "gelu_tanh"
     ends |= {"act": act} if "act" in what or unit else {}
 
     def launch(config: Any) -> None:
+        rms_norm(ahead, ahead, 1e-6)
         w = next(ws)
-        if config != LIBRARY:
-            product.product(x, w, out, **ends, pairs=unit, scratch=scratch, config=product.Config(*config))
+        if config == LIBRARY_ROWS:
+            w = w.view(n, k).t()
+        if config == LIBRARY_PARTS:
+            summed_norm(product.parted(x, w, scratch, 2), out, normed, 1e-6, **ends, centred="linear" in what, parts=2)
+        elif len(config) > 1:
+            split = product.Config(*config).split if "residual" in what else 1
+            y = product.product(
+                x, w, out, **ends, pairs=unit, scratch=scratch, config=product.Config(*config), finish=split == 1
+            )
+            if split > 1:
+                summed_norm(y, out, normed, 1e-6, **ends, centred="linear" in what, parts=split)
+            elif "residual" in what:
+                norm(out, normed, 1e-6)
         elif unit:
             both = scratch.view(dtype)[: 2 * m * n].view(m, -1)
             torch.mm(x, w, out=both)
@@ -132,9 +156,8 @@ def _measure_product(
             torch.mm(x, w, out=out)
             epilogue(out, out, bias=bias, act=act)
         elif "residual" in ends:
-            torch.addmm(r, x, w, out=out)
-            if "bias" in ends:
-                epilogue(out, out, bias=bias)
+            torch.addmm(out, x, w, out=out)
+            norm(out, normed, 1e-6, bias=ends.get("bias"))
         elif "bias" in ends:
             torch.addmm(bias, x, w, out=out)
         else:

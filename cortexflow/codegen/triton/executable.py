@@ -31,7 +31,7 @@ SWITCHES = {
     "chains": "small ops that work entry by entry, one behind the other, are one launch",
     "branches": "long chains that read nothing of each other run side by side",
     "early": "what reads nothing but inputs runs beside the first stage",
-    "joined": "neighbouring row-wise kernels in one launch: a norm behind a sum, rotation with the move to the cache",
+    "joined": "neighbouring kernels in one launch: a norm behind a sum, rotation with the move to the cache, casts",
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from cortexflow.codegen.torch import RULES as TORCH_RULES
 from cortexflow.codegen.triton.chains import find_chains
 from cortexflow.codegen.triton.claims import has_table
-from cortexflow.codegen.triton.rules import RULES, can_rotate
+from cortexflow.codegen.triton.rules import RULES, can_rotate, is_stack, is_thin
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import SOURCES, Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -74,6 +74,7 @@ class Stage:
         self.done |= {op for joined in self.rotated.values() for op in joined.ops}
         self.rotating = {} if "joined" in program.without else rotating_products(self, func.block)
         self.chains = {} if "chains" in program.without else find_chains(func.block, program.plan)
+        self.casts = {} if "joined" in program.without else absorbed_casts(self, func.block)
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
         self.branches = {branch.ops[0]: branch for branch in program.plan.branches}
         self.joins = {branch.join for branch in program.plan.branches}
@@ -169,7 +170,13 @@ class Stage:
         self.copies(op, False, indent)
         if self.of_table(op) or op.out in self.program.plan.layouts or op in self.done:
             return
-        out = self.name(op.out)
+        other = self.casts.get(op)
+        if other is not None and op.name == "cast":
+            self.direct[op.out] = self.name(op.inputs[0])
+            return
+        if other is not None:
+            self.done.add(other)
+        out = self.name(op.out if other is None else other.out)
         rule = RULES.get(op.name)
         for line in self.chain(op) or (rule(self, op, out) if rule else self.copied(op, out)):
             self.lines.append(f"{indent}{line}  # {op.note}".rstrip(" #"))
@@ -285,7 +292,8 @@ def joined_rotations(block: Block, plan: Plan, step: Value | None = None) -> dic
     """By the queries' rotation. Nothing else is launched between the ops.
 
     Keys and values go to places of their own (a slice moves the values, before the rotations), or into the caches of
-    the loop whose `step` is given (`cache_update`, behind them), where these need not be copied first.
+    the loop whose `step` is given (`cache_update`, behind them), where these need not be copied first. In a layer whose
+    result nobody reads there are keys and values alone.
     """
     found: dict[Op, Joined] = {}
     for op in block.ops:
@@ -293,21 +301,22 @@ def joined_rotations(block: Block, plan: Plan, step: Value | None = None) -> dic
             found |= joined_rotations(op.body, plan, op.body.args[0])
     launched = [op for op in block.ops if op.name not in SOURCES and not plan.layouts.keys() & set(op.outputs)]
     copied = {copy.op for copy in plan.copies}
-    for i, queries in enumerate(launched[:-1]):
-        keys, behind = launched[i + 1], launched[i + 2 : i + 4]
-        if (queries.name, keys.name) != ("rope", "rope") or not has_table(*queries.inputs[:2]):
+    for i, queries in enumerate(launched):
+        taken = any(queries in joined.ops for joined in found.values())
+        if queries.name != "rope" or taken or not has_table(*queries.inputs[:2]):
             continue
-        if queries.inputs[1:] != keys.inputs[1:]:
-            continue
+        keys, behind = next(iter(launched[i + 1 :]), queries), launched[i + 2 : i + 4]
+        if keys.name != "rope" or queries.inputs[1:] != keys.inputs[1:]:
+            keys, behind = queries, []
         into = [op for op in behind if op.name == "cache_update" and op.attrs["axis"] == 1 and op.inputs[2] is step]
         before = launched[i - 1] if i else queries
         if len(into) == 2 and into[0].inputs[1] is keys.out and not copied & set(into):
             moves, moved, ops = (into[0], into[1]), into[1].inputs[1], (keys, *into)
         elif before.name == "slice":
-            moves, moved, ops = (keys, before), before.out, (keys, before)
+            moves, moved, ops = (keys, before), before.out, (before,) if keys is queries else (keys, before)
         else:
             continue
-        base = _whole(queries.inputs[0], keys.inputs[0], moved)
+        base = _whole(*dict.fromkeys((queries.inputs[0], keys.inputs[0])), moved)
         if base and len(base.type.shape) == 3 and keys.out.type.size == moved.type.size:
             found[queries] = Joined(base, moves, ops, keys.out.type.shape)
     return found
@@ -330,6 +339,34 @@ def rotating_products(stage: Stage, block: Block) -> dict[Op, Op]:
         ahead = block.ops[: block.ops.index(base.op)]
         if len(reads) == len(between) + 3 and all(v.op in ahead or v.op not in block.ops for v in op.inputs[5:7]):
             found |= {op: base.op, base.op: op}
+    return found
+
+
+def absorbed_casts(stage: Stage, block: Block) -> dict[Op, Op]:
+    """A cast and the small product that reads what is cast, or an op and the cast of its result: by the first of both.
+
+    Such an op's kernel reads and stores any float dtype. Nothing is launched between the two, and nobody else reads
+    what the first one makes. The second one's result takes no place that the first one, or the pair, still reads.
+    """
+    plan, found = stage.program.plan, dict[Op, Op]()
+    for op in block.ops:
+        if op.body:
+            found |= absorbed_casts(stage, op.body)
+    launched = [op for op in block.ops if op.name not in SOURCES and not plan.layouts.keys() & set(op.outputs)]
+    apart = {op for chain in stage.chains.values() if len(chain.ops) > 1 for op in chain.ops}
+    apart |= {op for branch in plan.branches for op in (branch.ops[0], branch.ops[-1], branch.join)}
+    for first, second in pairwise(launched):
+        cast, other = (first, second) if first.name == "cast" else (second, first)
+        suits = is_thin(stage, other) or (cast is second and is_stack(other))
+        if cast.name != "cast" or not suits or {cast, other} & (apart | set(found.values())):
+            continue
+        given, reads = cast.inputs[0], cast.inputs if cast is first else other.inputs
+        strides = plan.layout(given).strides, plan.layout(cast.out).strides
+        fits = cast is second or all(d == 1 or s == t for d, s, t in zip(given.type.shape, *strides, strict=True))
+        fits = fits and {given.type.dtype, cast.out.type.dtype} <= {"f32", "bf16", "f16"}
+        fits = fits and first.out in second.inputs and not any(plan.meet(second.out, v) for v in reads)
+        if fits and sum(first.out is v for op in stage.func.block.walk() for v in op.inputs) == 1:
+            found[first] = second
     return found
 
 

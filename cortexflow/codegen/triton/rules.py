@@ -15,7 +15,16 @@ from cortexflow.codegen.triton.claims import (
     stored,
     streams,
 )
-from cortexflow.codegen.triton.configs import attending, multiplying, segmented, streamed, warped
+from cortexflow.codegen.triton.configs import (
+    LIBRARY,
+    LIBRARY_PARTS,
+    LIBRARY_ROWS,
+    attending,
+    multiplying,
+    segmented,
+    streamed,
+    warped,
+)
 from cortexflow.ir.core import Op, Value
 
 if TYPE_CHECKING:
@@ -152,20 +161,28 @@ def _product(stage: Stage, op: Op, out: str) -> list[str]:
     if len(w.type.shape) != 2 or not (wider or op.out.type.dtype == x.type.dtype):
         return stage.copied(op, out)
     if wider:
-        return _multiplied(stage, op, out, x, w) or stage.copied(op, out)
+        return _multiplied(stage, op, out, x, w, lambda _: stage.copied(op, out))
     if small := _thin(stage, op, out, x, w):
         return small
     if _some(stage, op, 0, 1):
         return _warped(stage, op, out, x, w)
-    return _multiplied(stage, op, out, x, w) or [f"torch.mm({_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
+    return _multiplied(stage, op, out, x, w, lambda given: [f"torch.mm({given}, out=rows({out}))"])
+
+
+def is_thin(stage: Stage, op: Op) -> bool:
+    """Whether a product is one for `kernels/triton/thin.py`."""
+    if op.name not in ("matmul", "fused.linear", "fused.linear_act", "fused.linear_residual", "fused.matmul_residual"):
+        return False
+    x, w = op.inputs["residual" in op.name :][:2]
+    small = len(w.type.shape) == 2 and stored(w) and w.type.size <= THIN and row_count(x) <= SOME_ROWS
+    return small and w.type.dtype == op.out.type.dtype == "f32" and "streaming" not in stage.program.without
 
 
 def _thin(
     stage: Stage, op: Op, out: str, x: Value, w: Value, bias: Value | None = None, **ends: str
 ) -> list[str] | None:
     """A small product in float32, which the library's kernels are slow to start for."""
-    small = len(w.type.shape) == 2 and stored(w) and w.type.size <= THIN and row_count(x) <= SOME_ROWS
-    if not small or w.type.dtype != "f32" or op.out.type.dtype != "f32" or "streaming" in stage.program.without:
+    if not is_thin(stage, op):
         return None
     if bias is not None:
         ends["bias"] = _row(stage, bias)
@@ -178,8 +195,8 @@ def _linear(stage: Stage, op: Op, out: str) -> list[str]:
     bias = _row(stage, b)
     if small := _thin(stage, op, out, x, w, b):
         return small
-    ours = _multiplied(stage, op, out, x, w, f"bias={bias}")
-    return ours or [f"torch.addmm({bias}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
+    library = lambda given: [f"torch.addmm({bias}, {given}, out=rows({out}))"]  # noqa: E731
+    return _multiplied(stage, op, out, x, w, library, f"bias={bias}")
 
 
 def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
@@ -187,27 +204,29 @@ def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
     kind, bias, flat = op.attrs["kind"], _row(stage, b), f"rows({out})"
     if small := _thin(stage, op, out, x, w, b, act=repr(kind)):
         return small
-    ours = _multiplied(stage, op, out, x, w, f"bias={bias}, act={kind!r}")
-    if ours:
-        return ours
-    operands = f"{_flat(stage, x)}, {stage.name(w)}"
-    if kind == "gelu_tanh" and "epilogues" not in stage.program.without and op.out.type.dtype in ("bf16", "f16"):
-        return [f"torch._addmm_activation({bias}, {operands}, use_gelu=True, out={flat})"]  # its GELU is the tanh form
-    return [f"torch.mm({operands}, out={flat})", f"epilogue({flat}, {flat}, bias={bias}, act={kind!r})"]
+
+    def library(given: str) -> list[str]:
+        if kind == "gelu_tanh" and "epilogues" not in stage.program.without and op.out.type.dtype in ("bf16", "f16"):
+            return [f"torch._addmm_activation({bias}, {given}, use_gelu=True, out={flat})"]  # its GELU is the tanh form
+        return [f"torch.mm({given}, out={flat})", f"epilogue({flat}, {flat}, bias={bias}, act={kind!r})"]
+
+    return _multiplied(stage, op, out, x, w, library, f"bias={bias}, act={kind!r}")
 
 
 def _linear_residual(stage: Stage, op: Op, out: str) -> list[str]:
     r, x, w, b = op.inputs
     if small := _thin(stage, op, out, x, w, b, residual=_flat(stage, r)):
         return small
-    ours = _multiplied(stage, op, out, x, w, f"bias={stage.name(b)}, residual={_flat(stage, r)}")
-    if ours:
-        return ours
+
+    def library(given: str) -> list[str]:
+        product = f"torch.addmm({_flat(stage, r)}, {given}, out={flat})"
+        if norm := stage.take_norm(op, "layer_norm", "rms_norm"):
+            return [product, _normed(stage, norm, stage.name(norm.out), f"bias={stage.name(b)}")]
+        return [product, f"epilogue({flat}, {flat}, bias={stage.name(b)})"]
+
     flat = f"rows({out})"
-    product = f"torch.addmm({_flat(stage, r)}, {_flat(stage, x)}, {stage.name(w)}, out={flat})"
-    if norm := stage.take_norm(op, "layer_norm", "rms_norm"):
-        return [product, _normed(stage, norm, stage.name(norm.out), f"bias={stage.name(b)}")]
-    return [product, f"epilogue({flat}, {flat}, bias={stage.name(b)})"]
+    ends = f"bias={stage.name(b)}, residual={_flat(stage, r)}"
+    return _multiplied(stage, op, out, x, w, library, ends, sums=True)
 
 
 def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
@@ -218,8 +237,8 @@ def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
         return _combined(stage, op, out, r, x, w, None)
     if small := _thin(stage, op, out, x, w, residual=_flat(stage, r)):
         return small
-    ours = _multiplied(stage, op, out, x, w, f"residual={_flat(stage, r)}")
-    return ours or [f"torch.addmm({_flat(stage, r)}, {_flat(stage, x)}, {stage.name(w)}, out=rows({out}))"]
+    library = lambda given: [f"torch.addmm({_flat(stage, r)}, {given}, out=rows({out}))"]  # noqa: E731
+    return _multiplied(stage, op, out, x, w, library, f"residual={_flat(stage, r)}", sums=True)
 
 
 def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
@@ -244,24 +263,48 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
     k, n = w.type.shape
     config = multiplying(stage, x.type.dtype, row_count(x), n // 2, k, "pairs", x.type.dtype)
     operands, act = f"{_flat(stage, x)}, {stage.weight(w, 'pairs')}", f"act={op.attrs['kind']!r}, pairs=True"
-    if config is not None:
+    if config != LIBRARY:
         return [f"product.product({operands}, rows({out}), {act}, config=product.{config!r})"]
     both = f"halves(self.scratch, rows({out}))"  # the library's product of pairs, the unit behind it
     return [f"torch.mm({operands}, out={both})", f"glu({both}, rows({out}), {act})"]
 
 
-def _multiplied(stage: Stage, op: Op, out: str, x: Value, w: Value, ends: str = "") -> list[str] | None:
-    """A product in a kernel of ours, with its epilogue, where that is known to be the faster one."""
+def _multiplied(
+    stage: Stage,
+    op: Op,
+    out: str,
+    x: Value,
+    w: Value,
+    library: Callable[[str], list[str]],
+    ends: str = "",
+    sums: bool = False,
+) -> list[str]:
+    """A product with its epilogue: in a kernel of ours, or as `library` has it of its operands, whichever is faster.
+
+    `sums`: it is added to a residual, so that a norm behind it may add the parts of k.
+    """
     k, n = w.type.shape
     what = op.name.removeprefix("fused.")
     if op.attrs.get("kind", "gelu_tanh") != "gelu_tanh":  # the one activation that the library has
         what += f" {op.attrs['kind']}"
-    config = multiplying(stage, x.type.dtype, row_count(x), n, k, what, op.out.type.dtype)
-    if config is None:
-        return None
-    ends += ", scratch=self.scratch[0]" if config.split > 1 else ""
-    operands = f"{_flat(stage, x)}, {stage.name(w)}, rows({out})"
-    return [f"product.product({', '.join(filter(None, (operands, ends.lstrip(', '))))}, config=product.{config!r})"]
+    config = multiplying(stage, x.type.dtype, row_count(x), n, k, what, op.out.type.dtype, stored(w))
+    if config == LIBRARY_ROWS:
+        return library(f"{_flat(stage, x)}, {stage.weight(w, 'rows')}.t()")
+    operands = f"{_flat(stage, x)}, {stage.name(w)}"
+    split = config[1] if config == LIBRARY_PARTS else 1 if config == LIBRARY else config.split
+    norm = stage.take_norm(op, "layer_norm", "rms_norm", "fused.modulated_norm") if sums and split > 1 else None
+    if config == LIBRARY or (config == LIBRARY_PARTS and norm is None):
+        return library(operands)
+    ours = f"{operands}, rows({out}), {{}}config=product.{config!r}"
+    if norm is None:
+        ends += ", scratch=self.scratch[0]" if split > 1 else ""
+        return [f"product.product({ours.format(f'{ends}, '.lstrip(', '))})"]
+    parts = f"product.parted({operands}, self.scratch[0], {split})"
+    if config != LIBRARY_PARTS:
+        parts = f"product.product({ours.format('scratch=self.scratch[0], finish=False, ')})"
+    centred = ["centred=True"] if norm.name == "layer_norm" else []
+    places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
+    return [f"summed_norm({', '.join([parts, places, ends, f'parts={split}', *centred, *_affine(stage, norm)])})"]
 
 
 def _attention(stage: Stage, op: Op, out: str) -> list[str]:
@@ -284,10 +327,14 @@ def _act(stage: Stage, op: Op, out: str) -> list[str]:
     return [f"epilogue({_flat(stage, op.inputs[0])}, rows({out}), act={op.attrs['kind']!r})"]
 
 
+def is_stack(op: Op) -> bool:
+    """Whether an op puts matrices below each other, in every sample."""
+    stacks = op.name == "concat" and len(op.out.type.shape) == 3 and op.attrs["axis"] in (1, -2)
+    return stacks and op.out.type.dtype in ("f32", "bf16", "f16")
+
+
 def _concat(stage: Stage, op: Op, out: str) -> list[str]:
-    """Matrices below each other, in every sample."""
-    shape = op.out.type.shape
-    if len(shape) != 3 or op.attrs["axis"] not in (1, -2) or op.out.type.dtype not in ("f32", "bf16", "f16"):
+    if not is_stack(op):
         return stage.copied(op, out)
     lines, at = [], 0
     for part in op.inputs:
@@ -340,7 +387,10 @@ def _rope(stage: Stage, op: Op, out: str) -> list[str]:
     if op in stage.rotated:
         joined = stage.rotated[op]
         keys, values = (stage.slot(o) if o.name == "cache_update" else stage.name(o.out) for o in joined.moves)
-        return [f"rope_and_cache({stage.read(joined.source)}, {angles}, {out}, {keys}, {values}.view({joined.shape}))"]
+        queries = "None" if joined.moves[0] is op else out
+        return [
+            f"rope_and_cache({stage.read(joined.source)}, {angles}, {queries}, {keys}, {values}.view({joined.shape}))"
+        ]
     return [f"rope({stage.read(x)}, {angles}, {out})"]
 
 

@@ -238,14 +238,17 @@ def product(
     pairs: bool = False,
     scratch: Tensor | None = None,
     config: Config | None = None,
-) -> None:
-    """out [m, n] = residual + gate · act(x [m, k] @ w [k, n] + bias); bias and gate [n].
+    finish: bool = True,
+) -> Tensor:
+    """out [m, n] = residual + gate · act(x [m, k] @ w [k, n] + bias); bias and gate [n]. Returns it.
 
     With `pairs`, w is [k, 2 n], a gate column beside its up column, bias [2 n] likewise, and the activation becomes
     act(gate) · up. Rows of x, out and residual may be strided; w is row-major. `out` may be the residual itself.
     Factors in float32 are multiplied as three products of parts (TF32), which loses no more than float32's own sums
     do. `scratch`: float32, split · m · n entries, where `config` splits k. Raises ValueError where rows of x or w are
-    not dense, where `pairs` are to be split, and where scratch is too small.
+    not dense, where `pairs` are to be split, and where scratch is too small. Without `finish` the parts of k are
+    returned, float32 [split · m, n] in the scratch: to be added, with bias and residual, by `rows.summed_norm`; there
+    must be some.
     """
     m, k = x.shape
     n = out.shape[1]
@@ -255,6 +258,8 @@ def product(
     c = config or default(m, n, k, pairs, shared_memory(), x.element_size(), described=x_align == w_align == 0)
     if pairs and c.split > 1:
         raise ValueError("a product with a gated unit is not split")
+    if not finish and c.split == 1:
+        raise ValueError("a product that is not split has no parts to hand on: finish it")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
     given: list[Any] = [x, x, w]
@@ -266,22 +271,37 @@ def product(
     ahead = c.stages * c.depth if lines and overlaps() else 0
     ahead = triton.next_power_of_2(ahead + 1) // 2  # as many as are in flight behind the wait, at most
     some = out  # a pointer that is never read
-    finish = [some if t is None else t for t in (bias, residual, gate)]
+    ends = [some if t is None else t for t in (bias, residual, gate)]
     strides = out.stride(0), 0 if residual is None else residual.stride(0)
     flags = {"ACT": act, "BIAS": bias is not None, "RESIDUAL": residual is not None, "GATE": gate is not None}
-    parts = some if c.split == 1 else scratch
+    parts = some if c.split == 1 or scratch is None else scratch
     units = triton.cdiv(m, c.rows + c.more) * triton.cdiv(n, c.columns) * c.split
     product_kernel[(units,)](
-        *given, w, out, parts, *finish, m, n, k, x.stride(0), w.stride(0), *strides,
+        *given, w, out, parts, *ends, m, n, k, x.stride(0), w.stride(0), *strides,
         ROWS=c.rows, MORE=c.more, COLUMNS=c.columns, DEPTH=c.depth, SPLIT=c.split, GROUP=8,
         SWAP=c.swap, X_ALIGN=x_align, W_ALIGN=w_align, EXACT="tf32x3" if x.dtype == torch.float32 else "tf32",
         GLU=pairs, AHEAD=ahead, **flags, num_warps=c.warps, num_stages=c.stages, launch_pdl=overlaps(),
     )  # fmt: skip
+    if not finish:
+        return parts[: c.split * m * n].view(-1, n)
     if c.split > 1:
         block = min(512, triton.next_power_of_2(n))
         finish_kernel[(m, triton.cdiv(n, block))](
-            out, parts, *finish, m, n, *strides, COLUMNS=block, SPLIT=c.split, **flags, launch_pdl=overlaps(),
+            out, parts, *ends, m, n, *strides, COLUMNS=block, SPLIT=c.split, **flags, launch_pdl=overlaps(),
         )  # fmt: skip
+    return out
+
+
+def parted(x: Tensor, w: Tensor, scratch: Tensor, parts: int) -> Tensor:
+    """The parts of x [m, k] @ w [k, n], float32 [parts · m, n] in the scratch, as the library multiplies a batch.
+
+    Adding them, `rows.summed_norm` saves the launch that adds the library's own.
+    """
+    (m, k), n = x.shape, w.shape[1]
+    out = scratch[: parts * m * n].view(parts, m, n)
+    each = x.unflatten(1, (parts, -1)).transpose(0, 1), w.view(parts, k // parts, n)
+    torch.bmm(*each, out_dtype=torch.float32, out=out)
+    return out.view(-1, n)
 
 
 def default(

@@ -14,11 +14,12 @@ def norm_kernel(
     x, out, scale, shift, bias, gate, residual, summed, x_row, out_row, residual_row, summed_row, eps, M,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CENTRED: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows: (y - mean?) / sqrt(mean square + eps) · scale + shift, in float32, rounded once.
 
     y is x or, with anything to be added or multiplied before, summed = residual + (x + bias) · gate as it is stored.
+    With PARTS > 1 x is the sum of as many parts [PARTS, M, K], in their order.
     """
     let_next_start()
     wait_for_previous()
@@ -27,13 +28,15 @@ def norm_kernel(
     there = (row < M)[:, None] & inside[None, :]
     row = row.to(tl.int64)[:, None]
     v = tl.load(x + row * x_row + k[None, :], mask=there, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        v += tl.load(x + (part * M + row) * x_row + k[None, :], mask=there, other=0.0)
     if BIAS:
         v += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
     if GATE:
         v = v * tl.load(gate + k, mask=inside, other=0.0).to(tl.float32)[None, :]
     if RESIDUAL:
         v += tl.load(residual + row * residual_row + k[None, :], mask=there, other=0.0).to(tl.float32)
-    if BIAS or GATE or RESIDUAL:
+    if BIAS or GATE or RESIDUAL or PARTS > 1:
         sums = v.to(summed.dtype.element_ty)
         tl.store(summed + row * summed_row + k[None, :], sums, mask=there)
         v = sums.to(tl.float32)
@@ -59,9 +62,9 @@ def norm_config(m: int, k: int) -> tuple[int, int]:
 def _norm(
     x: Tensor, out: Tensor, eps: float, scale: Tensor | None, shift: Tensor | None, centred: bool,
     config: tuple[int, int] | None = None, bias: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, summed: Tensor | None = None,
+    residual: Tensor | None = None, summed: Tensor | None = None, parts: int = 1,
 ) -> None:  # fmt: skip
-    m, k = x.shape
+    m, k = out.shape
     rows, warps = config or norm_config(m, k)
     vectors = [x if v is None else v for v in (scale, shift, bias, gate)]
     added, sums = x if residual is None else residual, x if summed is None else summed
@@ -69,7 +72,7 @@ def _norm(
         x, out, *vectors, added, sums, x.stride(0), out.stride(0), added.stride(0), sums.stride(0), eps, m,
         K=k, ROWS=rows, BLOCK=triton.next_power_of_2(k), CENTRED=centred, SCALED=scale is not None,
         SHIFTED=shift is not None, BIAS=bias is not None, GATE=gate is not None, RESIDUAL=residual is not None,
-        num_warps=warps, launch_pdl=overlaps(),
+        PARTS=parts, num_warps=warps, launch_pdl=overlaps(),
     )  # fmt: skip
 
 
@@ -102,16 +105,20 @@ def summed_norm(
     eps: float,
     *,
     residual: Tensor,
+    bias: Tensor | None = None,
     gate: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    centred: bool = False,
+    parts: int = 1,
 ) -> None:
-    """summed [m, k] = residual + x · gate, and out [m, k] its RMS norm, times scale, plus shift; vectors are [k].
+    """summed [m, k] = residual + (x + bias) · gate, and out [m, k] its RMS norm, times scale, plus shift; vectors [k].
 
-    `summed` may be x or the residual; out is apart from all. Each result has the bits that `epilogue`, then
-    `modulated_norm` or `rms_norm` would give it.
+    `centred`: the layer norm. x [m, k] or, in several parts, float32 [parts · m, k], which are added in their order.
+    `summed` may be x or the residual; out is apart from all. Each result has the bits that `epilogue`, or what finishes
+    a product in parts, and then the norm alone would give it.
     """
-    _norm(x, out, eps, scale, shift, centred=False, gate=gate, residual=residual, summed=summed)
+    _norm(x, out, eps, scale, shift, centred, bias=bias, gate=gate, residual=residual, summed=summed, parts=parts)
 
 
 @triton.jit
