@@ -95,7 +95,7 @@ def test_only_stored_weights_of_products_with_a_bias_are_offered_as_rows(monkeyp
     """Plans for prompts of other lengths share a prefix' weights: in two forms they would be held twice."""
     seen: dict[str, list[Any]] = {}
 
-    def chosen(_: str, key: tuple[Any, ...], offered: list[Any], default: Any, measure: None) -> Any:
+    def chosen(_: str, key: tuple[Any, ...], offered: list[Any], default: Any, *measure: None) -> Any:
         seen[key[4]] = offered
         return default
 
@@ -106,6 +106,18 @@ def test_only_stored_weights_of_products_with_a_bias_are_offered_as_rows(monkeyp
         "linear": True, "linear_act": False, "matmul": False, "matmul_residual": False,
     }  # fmt: skip
     assert [what for what, offered in seen.items() if configs.LIBRARY_PARTS in offered] == ["matmul_residual"]
+
+
+@pytest.mark.parametrize(("measured", "rows"), [(M // 8, True), (M // 8 + 1, False)])
+def test_a_batch_reads_weights_in_the_form_of_a_sample(measured: int, rows: bool, monkeypatch: Any) -> None:
+    """Else plans for batches of several sizes would hold them twice."""
+
+    def chosen(_: str, key: tuple[Any, ...], offered: list[Any], default: Any, *measure: None) -> Any:
+        return configs.LIBRARY_ROWS if key[1] == measured else default
+
+    monkeypatch.setattr(configs, "choose", chosen)
+    _, program = lines_of(product_of("linear"))
+    assert (("w", "rows") in program.weights) == rows == (("w", "plain") not in program.weights)
 
 
 @pytest.mark.parametrize(

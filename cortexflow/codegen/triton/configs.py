@@ -70,12 +70,20 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
         offered, default = [LIBRARY, *offered], default if few or (unit and not 128 < m < 512) else LIBRARY
         if stored and "linear" in what:  # others gain nothing, and plans for other rows would hold their weights twice
             offered.append(LIBRARY_ROWS)
+            default = _as_for_fewer(dtype, m, n, k, what, offered) if default == LIBRARY else default
         if stored and "residual" in what and k % 16 == 0 and 2 * m * n <= SCRATCH:
             offered.append(LIBRARY_PARTS)
     measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what, result) if stage.program.tune else None
     key = (dtype, m, n, k, what) if result == dtype else (dtype, m, n, k, what, result)
     found = choose("product", key, offered, default, measure)
     return found if found in (LIBRARY, LIBRARY_ROWS, LIBRARY_PARTS) else product.Config(*found)
+
+
+def _as_for_fewer(dtype: str, m: int, n: int, k: int, what: str, offered: Sequence[Any]) -> tuple[Any, ...]:
+    """The library, with its weight stored as where fewer samples were measured: plans for batches share one form."""
+    unknown = ("unknown",)
+    fewer = (choose("product", (dtype, m // b, n, k, what), offered, unknown) for b in range(2, 65) if m % b == 0)
+    return LIBRARY_ROWS if next((c for c in fewer if c != unknown), LIBRARY) == LIBRARY_ROWS else LIBRARY
 
 
 def attending(stage: Stage, op: Op) -> Any:

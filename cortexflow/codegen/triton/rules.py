@@ -195,7 +195,10 @@ def _linear(stage: Stage, op: Op, out: str) -> list[str]:
     bias = _row(stage, b)
     if small := _thin(stage, op, out, x, w, b):
         return small
-    library = lambda given: [f"torch.addmm({bias}, {given}, out=rows({out}))"]  # noqa: E731
+
+    def library(given: str) -> list[str]:
+        return [f"torch.addmm({bias}, {given}, out=rows({out}))"]
+
     return _multiplied(stage, op, out, x, w, library, f"bias={bias}")
 
 
@@ -237,7 +240,10 @@ def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
         return _combined(stage, op, out, r, x, w, None)
     if small := _thin(stage, op, out, x, w, residual=_flat(stage, r)):
         return small
-    library = lambda given: [f"torch.addmm({_flat(stage, r)}, {given}, out=rows({out}))"]  # noqa: E731
+
+    def library(given: str) -> list[str]:
+        return [f"torch.addmm({_flat(stage, r)}, {given}, out=rows({out}))"]
+
     return _multiplied(stage, op, out, x, w, library, f"residual={_flat(stage, r)}", sums=True)
 
 
