@@ -82,7 +82,7 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
 def _as_for_fewer(dtype: str, m: int, n: int, k: int, what: str, offered: Sequence[Any]) -> tuple[Any, ...]:
     """The library, with its weight stored as where fewer samples were measured: plans for batches share one form."""
     unknown = ("unknown",)
-    fewer = (choose("product", (dtype, m // b, n, k, what), offered, unknown) for b in range(2, 65) if m % b == 0)
+    fewer = (choose("product", (dtype, m // b, n, k, what), offered, unknown) for b in range(1, 65) if m % b == 0)
     return LIBRARY_ROWS if next((c for c in fewer if c != unknown), LIBRARY) == LIBRARY_ROWS else LIBRARY
 
 
