@@ -38,15 +38,15 @@ PRODUCTS = {
 OTHERS: dict[int, dict[str, list[dict[str, Any]]]] = {
     10: {
         "norm, gate and up": [{"columns": 32}, {"columns": 32, "registers": 0}],
-        "down": [{"chunks": 4}, {"columns": 16, "chunks": 4}, {"registers": 128}],
+        "down": [{"slices": 16}, {"chunks": 4}, {"columns": 16, "chunks": 4}, {"registers": 128}],
         "o": [{"shared": True, "registers": 0}, {"registers": 0}],
         "norm, qkv": [{"columns": 16}, {"registers": 112}],
     },
     51: {
         "norm, qkv": [{"ahead": 2}, {"chunk": 128, "ahead": 3}, {"columns": 32}, {"columns": 32, "chunk": 128}],
         "norm, gate and up": [{"chunk": 256, "ahead": 1}, {"ahead": 3}],
-        "down": [{"ahead": 2}, {"chunk": 256, "ahead": 2}],
-        "o": [{"chunk": 256, "ahead": 1}],
+        "down": [{"chunk": 128, "ahead": 4}, {"chunk": 128, "ahead": 2}, {"columns": 32, "split": 4}],
+        "o": [{"columns": 64, "split": 8, "chunk": 128}, {"chunk": 128}, {"columns": 64}],
     },
 }
 

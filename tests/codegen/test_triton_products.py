@@ -121,17 +121,21 @@ def test_a_batch_reads_weights_in_the_form_of_a_sample(measured: int, rows: bool
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k", "split"), [(50, 1024, 1024, 4), (512, 1152, 588, 1), (64, 64, 256, 1), (2048, 4096, 4096, None)]
+    ("m", "n", "k", "call", "split"),
+    [
+        (50, 1024, 1024, "product.product(", "split=4"),
+        (512, 1152, 588, "product.product(", "split=1"),
+        (64, 64, 256, "thin(", ""),
+        (2048, 4096, 4096, "torch.mm(", ""),
+    ],
 )
-def test_float32_in_kernels_of_ours(m: int, n: int, k: int, split: int | None) -> None:
-    """Unless it is large, where the library is as fast."""
+def test_float32_in_kernels_of_ours(m: int, n: int, k: int, call: str, split: str) -> None:
+    """Unless it is large: that was not measured."""
     given = {"x": Type("f32", (m, k))}
     with function("f", **given) as (f, [x]):
         returns(y=ops.matmul(x, ops.weight(key="w", type=Type("f32", (k, n)))))
     (line, *_), _ = lines_of(Module({"f": f}))
-    thin = n * k <= rules.THIN
-    assert line.startswith("thin(" if thin else "torch.mm(" if split is None else "product.product(")
-    assert thin or split is None or f"split={split}" in line
+    assert line.startswith(call) and split in line
 
 
 def small(order: str, reads_too: bool = False) -> Module:

@@ -28,6 +28,11 @@ class Chain(NamedTuple):
     targets: Mapping[str, Value]  # what is stored, by its name in the text
 
 
+def launched(block: Block, plan: Plan) -> list[Op]:
+    """The ops of a block that are work: not those that say what is there already, nor views."""
+    return [op for op in block.ops if op.name not in SOURCES and not plan.layouts.keys() & set(op.outputs)]
+
+
 def find_chains(block: Block, plan: Plan) -> dict[Op, Chain]:
     """The chains of a stage and of the loops in it, by their first op: what has no launch of another op in between."""
     readers: dict[Value, set[Op]] = {}
@@ -42,9 +47,7 @@ def _find(block: Block, plan: Plan, readers: Readers) -> dict[Op, Chain]:
     joins = {branch.join for branch in plan.branches}
     found: dict[Op, Chain] = {}
     runs: list[list[Op]] = [[]]
-    for op in block.ops:
-        if op.name in SOURCES or plan.layouts.keys() & set(op.outputs):
-            continue  # no launch: it does not come between
+    for op in launched(block, plan):
         if op.body:
             found |= _find(op.body, plan, readers)
         fits = op.name in OPS and {v.type.dtype for v in (*op.inputs, op.out)} <= set(DTYPES)

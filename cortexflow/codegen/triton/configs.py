@@ -68,9 +68,9 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
     if not wider and (not unit or m * n <= SCRATCH):
         # of pairs, 277 rows were faster in the library (86 µs against 113), 532 and more in tiles of ours
         offered, default = [LIBRARY, *offered], default if few or (unit and not 128 < m < 512) else LIBRARY
-        if stored and "linear" in what:  # others gain nothing, and plans for other rows would hold their weights twice
+        if stored and "linear" in what:  # not a prefix' products: plans for other prompts would hold weights twice
             offered.append(LIBRARY_ROWS)
-            default = _as_for_fewer(dtype, m, n, k, what, offered) if default == LIBRARY else default
+            default = default if few else _form_of_a_sample(dtype, m, n, k, what, offered)
         if stored and "residual" in what and k % 16 == 0 and 2 * m * n <= SCRATCH:
             offered.append(LIBRARY_PARTS)
     measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what, result) if stage.program.tune else None
@@ -79,11 +79,14 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
     return found if found in (LIBRARY, LIBRARY_ROWS, LIBRARY_PARTS) else product.Config(*found)
 
 
-def _as_for_fewer(dtype: str, m: int, n: int, k: int, what: str, offered: Sequence[Any]) -> tuple[Any, ...]:
-    """The library, with its weight stored as where fewer samples were measured: plans for batches share one form."""
+def _form_of_a_sample(dtype: str, m: int, n: int, k: int, what: str, offered: Sequence[Any]) -> tuple[Any, ...]:
+    """The library, its weight stored as for the most of m's divisors that was measured: plans for batches share it.
+
+    Of up to 64 samples; [k, n] where none was measured.
+    """
     unknown = ("unknown",)
-    fewer = (choose("product", (dtype, m // b, n, k, what), offered, unknown) for b in range(1, 65) if m % b == 0)
-    return LIBRARY_ROWS if next((c for c in fewer if c != unknown), LIBRARY) == LIBRARY_ROWS else LIBRARY
+    known = (choose("product", (dtype, m // b, n, k, what), offered, unknown) for b in range(1, 65) if m % b == 0)
+    return LIBRARY_ROWS if next((c for c in known if c != unknown), LIBRARY) == LIBRARY_ROWS else LIBRARY
 
 
 def attending(stage: Stage, op: Op) -> Any:
@@ -134,7 +137,8 @@ def _measure_product(
     ws = itertools.cycle([_random(k, wide, dtype=dtype) * k**-0.5 for _ in range(copies)])
     ends: dict[str, Any] = {"bias": bias} if "linear" in what else {}
     ends |= {"residual": out} if "residual" in what else {}
-    norm = layer_norm if "linear" in what else rms_norm
+    centred = "linear" in what
+    norm = layer_norm if centred else rms_norm
     act = what.split()[1] if what.startswith("linear_act ") else "gelu_tanh"
     ends |= {"act": act} if "act" in what or unit else {}
 
@@ -144,15 +148,15 @@ def _measure_product(
         if config == LIBRARY_ROWS:
             w = w.view(n, k).t()
         if config == LIBRARY_PARTS:
-            summed_norm(product.parted(x, w, scratch, 2), out, normed, 1e-6, **ends, centred="linear" in what, parts=2)
-        elif len(config) > 1:
-            split = product.Config(*config).split if "residual" in what else 1
-            y = product.product(
-                x, w, out, **ends, pairs=unit, scratch=scratch, config=product.Config(*config), finish=split == 1
-            )
-            if split > 1:
-                summed_norm(y, out, normed, 1e-6, **ends, centred="linear" in what, parts=split)
-            elif "residual" in what:
+            y, split = product.parted(x, w, scratch, config[1]), config[1]
+            summed_norm(y, out, normed, 1e-6, **ends, centred=centred, parts=split)
+        elif config not in (LIBRARY, LIBRARY_ROWS):
+            c = product.Config(*config)
+            adds = c.split > 1 and "residual" in ends
+            y = product.product(x, w, out, **ends, pairs=unit, scratch=scratch, config=c, finish=not adds)
+            if adds:
+                summed_norm(y, out, normed, 1e-6, **ends, centred=centred, parts=c.split)
+            elif "residual" in ends:
                 norm(out, normed, 1e-6)
         elif unit:
             both = scratch.view(dtype)[: 2 * m * n].view(m, -1)

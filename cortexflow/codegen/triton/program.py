@@ -7,9 +7,9 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from cortexflow.codegen.torch import RULES as TORCH_RULES
-from cortexflow.codegen.triton.chains import find_chains
+from cortexflow.codegen.triton.chains import find_chains, launched
 from cortexflow.codegen.triton.claims import has_table
-from cortexflow.codegen.triton.rules import RULES, can_rotate, is_stack, is_thin
+from cortexflow.codegen.triton.rules import RULES, can_rotate, concatenates_rows, is_thin
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import SOURCES, Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -299,17 +299,17 @@ def joined_rotations(block: Block, plan: Plan, step: Value | None = None) -> dic
     for op in block.ops:
         if op.body:
             found |= joined_rotations(op.body, plan, op.body.args[0])
-    launched = [op for op in block.ops if op.name not in SOURCES and not plan.layouts.keys() & set(op.outputs)]
+    work = launched(block, plan)
     copied = {copy.op for copy in plan.copies}
-    for i, queries in enumerate(launched):
+    for i, queries in enumerate(work):
         taken = any(queries in joined.ops for joined in found.values())
         if queries.name != "rope" or taken or not has_table(*queries.inputs[:2]):
             continue
-        keys, behind = next(iter(launched[i + 1 :]), queries), launched[i + 2 : i + 4]
+        keys, *behind = work[i + 1 : i + 4] or [queries]
         if keys.name != "rope" or queries.inputs[1:] != keys.inputs[1:]:
             keys, behind = queries, []
         into = [op for op in behind if op.name == "cache_update" and op.attrs["axis"] == 1 and op.inputs[2] is step]
-        before = launched[i - 1] if i else queries
+        before = work[i - 1] if i else queries
         if len(into) == 2 and into[0].inputs[1] is keys.out and not copied & set(into):
             moves, moved, ops = (into[0], into[1]), into[1].inputs[1], (keys, *into)
         elif before.name == "slice":
@@ -352,12 +352,11 @@ def absorbed_casts(stage: Stage, block: Block) -> dict[Op, Op]:
     for op in block.ops:
         if op.body:
             found |= absorbed_casts(stage, op.body)
-    launched = [op for op in block.ops if op.name not in SOURCES and not plan.layouts.keys() & set(op.outputs)]
     apart = {op for chain in stage.chains.values() if len(chain.ops) > 1 for op in chain.ops}
     apart |= {op for branch in plan.branches for op in (branch.ops[0], branch.ops[-1], branch.join)}
-    for first, second in pairwise(launched):
+    for first, second in pairwise(launched(block, plan)):
         cast, other = (first, second) if first.name == "cast" else (second, first)
-        suits = is_thin(stage, other) or (cast is second and is_stack(other))
+        suits = is_thin(stage, other) or (cast is second and concatenates_rows(other))
         if cast.name != "cast" or not suits or {cast, other} & (apart | set(found.values())):
             continue
         given, reads = cast.inputs[0], cast.inputs if cast is first else other.inputs

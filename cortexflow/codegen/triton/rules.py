@@ -333,14 +333,14 @@ def _act(stage: Stage, op: Op, out: str) -> list[str]:
     return [f"epilogue({_flat(stage, op.inputs[0])}, rows({out}), act={op.attrs['kind']!r})"]
 
 
-def is_stack(op: Op) -> bool:
-    """Whether an op puts matrices below each other, in every sample."""
-    stacks = op.name == "concat" and len(op.out.type.shape) == 3 and op.attrs["axis"] in (1, -2)
-    return stacks and op.out.type.dtype in ("f32", "bf16", "f16")
+def concatenates_rows(op: Op) -> bool:
+    """Whether an op puts matrices below each other, in every sample, as `_concat` copies them."""
+    rows = op.name == "concat" and len(op.out.type.shape) == 3 and op.attrs["axis"] in (1, -2)
+    return rows and op.out.type.dtype in ("f32", "bf16", "f16")
 
 
 def _concat(stage: Stage, op: Op, out: str) -> list[str]:
-    if not is_stack(op):
+    if not concatenates_rows(op):
         return stage.copied(op, out)
     lines, at = [], 0
     for part in op.inputs:

@@ -293,9 +293,11 @@ def product(
 
 
 def parted(x: Tensor, w: Tensor, scratch: Tensor, parts: int) -> Tensor:
-    """The parts of x [m, k] @ w [k, n], float32 [parts · m, n] in the scratch, as the library multiplies a batch.
+    """x [m, k] @ w [k, n], k split: the parts, float32 [parts · m, n] in the scratch, by the library's batched product.
 
-    Adding them, `rows.summed_norm` saves the launch that adds the library's own.
+    16-bit operands of one dtype, w dense, k a multiple of `parts`; scratch has parts · m · n numbers.
+    `rows.summed_norm` adds them, which saves the launch that adds the library's own. PyTorch raises where shapes do
+    not fit.
     """
     (m, k), n = x.shape, w.shape[1]
     out = scratch[: parts * m * n].view(parts, m, n)
