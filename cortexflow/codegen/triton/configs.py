@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 LIBRARY: tuple[Any, ...] = ()
 LIBRARY_ROWS: tuple[Any, ...] = ("rows",)
 LIBRARY_PARTS: tuple[Any, ...] = ("parts", 2)
+TILED: tuple[Any, ...] = ("cuda",)  # begins the variants of `kernels/cuda/product.py`, and is that of its attention
 
 
 def streamed(stage: Stage, op: Op, n: int, k: int, glu: bool, norm: bool) -> Any:
@@ -69,28 +70,53 @@ def multiplying(stage: Stage, dtype: str, m: int, n: int, k: int, what: str, res
         # of pairs, 277 rows were faster in the library (86 µs against 113), 532 and more in tiles of ours
         offered, default = [LIBRARY, *offered], default if few or (unit and not 128 < m < 512) else LIBRARY
         if stored and "linear" in what:  # not a prefix' products: plans for other prompts would hold weights twice
-            offered.append(LIBRARY_ROWS)
-            default = default if few else _form_of_a_sample(dtype, m, n, k, what, offered)
+            offered += [LIBRARY_ROWS, *_tiles(stage, m, n, k, what)]
+            default = default if few else _form_of_a_sample(stage, dtype, m, n, k, what)
         if stored and "residual" in what and k % 16 == 0 and 2 * m * n <= SCRATCH:
             offered.append(LIBRARY_PARTS)
     measure = _measure_product(offered, TORCH_DTYPES[dtype], m, n, k, what, result) if stage.program.tune else None
     key = (dtype, m, n, k, what) if result == dtype else (dtype, m, n, k, what, result)
     found = choose("product", key, offered, default, measure)
-    return found if found in (LIBRARY, LIBRARY_ROWS, LIBRARY_PARTS) else product.Config(*found)
+    ours = found not in (LIBRARY, LIBRARY_ROWS, LIBRARY_PARTS) and found[:1] != TILED
+    return product.Config(*found) if ours else found
 
 
-def _form_of_a_sample(dtype: str, m: int, n: int, k: int, what: str, offered: Sequence[Any]) -> tuple[Any, ...]:
+def _tiles(stage: Stage, m: int, n: int, k: int, what: str) -> Sequence[Any]:
+    """Variants of `kernels/cuda/product.py`, where it has the epilogue."""
+    from cortexflow.kernels.cuda.product import candidates
+
+    suits = hand_written(stage) and what in ("linear", "linear_act", "linear_residual")
+    return candidates(m, n, k, "residual" in what) if suits else []
+
+
+def hand_written(stage: Stage) -> bool:
+    """Whether the kernels in CUDA C++ can run: Hopper's instructions, and the compiler that PyTorch brings."""
+    from cortexflow.kernels.cuda.nvrtc import available
+
+    on = stage.program.capability // 10 == 9 and not {"tiles", "overlap"} & stage.program.without
+    return on and torch.cuda.is_available() and available()
+
+
+def _form_of_a_sample(stage: Stage, dtype: str, m: int, n: int, k: int, what: str) -> tuple[Any, ...]:
     """The library, its weight stored as for the most of m's divisors that was measured: plans for batches share it.
 
     Of up to 64 samples; [k, n] where none was measured.
     """
-    unknown = ("unknown",)
-    known = (choose("product", (dtype, m // b, n, k, what), offered, unknown) for b in range(1, 65) if m % b == 0)
-    return LIBRARY_ROWS if next((c for c in known if c != unknown), LIBRARY) == LIBRARY_ROWS else LIBRARY
+    from cortexflow.kernels.triton.product import candidates
+
+    unknown, library = ("unknown",), [LIBRARY, LIBRARY_ROWS, LIBRARY_PARTS]
+    for rows in (m // b for b in range(1, 65) if m % b == 0):
+        in_rows = [LIBRARY_ROWS, *_tiles(stage, rows, n, k, what)]
+        offered = [*library, *candidates(rows, n, k, pairs=False, count=6), *in_rows]
+        known = choose("product", (dtype, rows, n, k, what), offered, unknown)
+        if known != unknown:
+            return LIBRARY_ROWS if known in in_rows else LIBRARY
+    return LIBRARY
 
 
 def attending(stage: Stage, op: Op) -> Any:
-    """Of `kernels/triton/prefill_attention.py`; None for its default."""
+    """Of `kernels/triton/prefill_attention.py`, or TILED; None for the former's default."""
+    from cortexflow.kernels.cuda.attention import fits
     from cortexflow.kernels.triton import prefill_attention as kernel
 
     if not torch.cuda.is_available():
@@ -101,10 +127,13 @@ def attending(stage: Stage, op: Op) -> Any:
     default = kernel.default(d, dtype == "f32", pairs, on)
     if dtype not in ("bf16", "f16") or pairs:
         return default
-    offered = kernel.candidates(m, n, heads // groups, d, on)
+    offered: list[Any] = [*kernel.candidates(m, n, heads // groups, d, on)]
+    if hand_written(stage) and len(op.inputs) == 3 and fits(n, heads != groups, d):
+        offered.append(TILED)
     key = (dtype, b, m, n, heads, groups, d, len(op.inputs) > 3)
     measure = _measure_attention(offered, TORCH_DTYPES[dtype], *key[1:]) if stage.program.tune else None
-    return kernel.Config(*choose("attention", key, offered, default, measure))
+    found = choose("attention", key, offered, default, measure)
+    return found if found == TILED else kernel.Config(*found)
 
 
 def _shared_bytes() -> int:
@@ -123,8 +152,11 @@ def _measure_product(
 ) -> Callable[[Any], float]:
     """Microseconds of a product between norms, over weights that the cache does not hold from call to call.
 
-    A kernel of ours overlaps with those beside it, which the library's do not; and a norm may add parts.
+    A kernel of ours overlaps with those beside it, which the library's do not; and a norm may add parts. Ahead of the
+    second product of a pair (k > n) is a first one in place of a norm, where it is one that overlaps too.
     """
+    from cortexflow.kernels.cuda.product import candidates
+    from cortexflow.kernels.cuda.product import product as tiled
     from cortexflow.kernels.triton import product
     from cortexflow.kernels.triton.rows import epilogue, glu, layer_norm, rms_norm, summed_norm
 
@@ -140,14 +172,25 @@ def _measure_product(
     centred = "linear" in what
     norm = layer_norm if centred else rms_norm
     act = what.split()[1] if what.startswith("linear_act ") else "gelu_tanh"
+    firsts = candidates(m, k, n, False) if k > n and any(c[:1] == TILED for c in offered) else []
     ends |= {"act": act} if "act" in what or unit else {}
 
     def launch(config: Any) -> None:
-        rms_norm(ahead, ahead, 1e-6)
+        if firsts:
+            tiled(normed, next(ws).view(k, n), x, act="gelu_tanh", config=firsts[0])
+        else:
+            rms_norm(ahead, ahead, 1e-6)
         w = next(ws)
         if config == LIBRARY_ROWS:
             w = w.view(n, k).t()
-        if config == LIBRARY_PARTS:
+        if config[:1] == TILED:
+            given = {} if config.split > 1 else ends
+            y = tiled(x, w.view(n, k), out, **given, scratch=scratch, config=config)
+            if config.split > 1:
+                summed_norm(y, out, normed, 1e-6, **ends, centred=centred, parts=config.split)
+            elif "residual" in ends:
+                norm(out, normed, 1e-6)
+        elif config == LIBRARY_PARTS:
             y, split = product.parted(x, w, scratch, config[1]), config[1]
             summed_norm(y, out, normed, 1e-6, **ends, centred=centred, parts=split)
         elif config not in (LIBRARY, LIBRARY_ROWS):
@@ -181,6 +224,7 @@ def _measure_product(
 def _measure_attention(
     offered: Sequence[Any], dtype: torch.dtype, b: int, m: int, n: int, heads: int, groups: int, d: int, masked: bool
 ) -> Callable[[Any], float]:
+    from cortexflow.kernels.cuda.attention import attention as tiled
     from cortexflow.kernels.triton.prefill_attention import Config, attention
 
     q, k, v, out = (_random(b, s, h, d, dtype=dtype) for s, h in ((m, heads), (n, groups), (n, groups), (m, heads)))
@@ -188,6 +232,9 @@ def _measure_attention(
     scratch = torch.empty(1 << 22, device="cuda"), torch.zeros(8192, dtype=torch.int32, device="cuda")
 
     def launch(config: Any) -> None:
-        attention(q, k, v, out, d**-0.5, mask, Config(*config), scratch)
+        if config == TILED:
+            tiled(q, k, v, out, d**-0.5)
+        else:
+            attention(q, k, v, out, d**-0.5, mask, Config(*config), scratch)
 
     return timed(launch, offered)

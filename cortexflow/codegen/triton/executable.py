@@ -28,6 +28,7 @@ SWITCHES = {
     "host_tables": "large tables read by rows stay in host memory",
     "streaming": "few rows: kernels that fetch their weights before they wait for their input; off: the library",
     "epilogues": "gated units and biases inside a product's kernel; off: the library's product, then a kernel behind",
+    "tiles": "image towers: tiles of any width and norms without a launch, in CUDA C++ (Hopper)",
     "chains": "small ops that work entry by entry, one behind the other, are one launch",
     "branches": "long chains that read nothing of each other run side by side",
     "early": "what reads nothing but inputs runs beside the first stage",
@@ -124,6 +125,7 @@ class TritonExecutable:
 
         with compiling(lambda: self._launch(self._all), progress):  # in other threads, meanwhile
             fill_new(empty, weights, forms)
+        self._policy.add_up()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a matrix on its way to another form lay beside it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from cortexflow.passes.plan import Plan, is_dense
 _HEAD = '''"""{title}
 
 Generated. WEIGHTS: key, the form it is stored in. BUFFERS: offset in the arena, dtype, shape, strides.
-A method runs one stage's launches; `early_STAGE`, those that the stage needs and that read only inputs.
+SUMS: of which weight's rows. A method runs one stage's launches; `early_STAGE`, those that the stage needs and that
+read only inputs.
 """
 
 import math
@@ -27,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cortexflow.kernels.cuda import attention as tiled_attention
+from cortexflow.kernels.cuda import product as tiled
 from cortexflow.kernels.gluon import streaming, warpgroup
 from cortexflow.kernels.torch import functions
 from cortexflow.kernels.torch.functions import *
@@ -58,6 +62,13 @@ class Policy:
         for name, (offset, dtype, shape, strides) in BUFFERS.items():
             typed = arena[offset:].view(dtype) if (arena.numel() - offset) % dtype.itemsize == 0 else None
             setattr(self, name, typed.as_strided(shape, strides))
+        for name, weight in SUMS.items():
+            setattr(self, name, torch.empty(weights[weight].shape[0], dtype=torch.float32, device=self.device))
+
+    def add_up(self) -> None:
+        """To be called when the weights are there."""
+        for name, weight in SUMS.items():
+            torch.sum(getattr(self, weight), dim=1, dtype=torch.float32, out=getattr(self, name))
 
 '''
 
@@ -76,6 +87,7 @@ class Stage:
         self.chains = {} if "chains" in program.without else find_chains(func.block, program.plan)
         self.casts = {} if "joined" in program.without else absorbed_casts(self, func.block)
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
+        self.folded: dict[Value, tuple[Value, str]] = {}  # a norm in the product that reads it: of what, its stats
         self.branches = {branch.ops[0]: branch for branch in program.plan.branches}
         self.joins = {branch.join for branch in program.plan.branches}
 
@@ -134,17 +146,19 @@ class Stage:
         """
         if "joined" in self.program.without:
             return None
-        for other in self.after[op]:
-            if other.name in SOURCES or self.program.plan.layouts.keys() & set(other.outputs) or self.of_table(other):
-                continue
-            fits = other.name in names and other.inputs[0] is op.out and other not in self.done
-            read = (op.inputs[0], *op.inputs[3:])  # the residual; gate or bias
-            fits = fits and not any(self.program.plan.meet(other.out, v) for v in read)
-            if not fits or other.out.type.dtype != op.out.type.dtype:
-                return None
-            self.done.add(other)
-            return other
-        return None
+        other = next(self.behind(op), op)
+        fits = other.name in names and other.inputs[0] is op.out and other not in self.done
+        read = (op.inputs[0], *op.inputs[3:])  # the residual; gate or bias
+        fits = fits and not any(self.program.plan.meet(other.out, v) for v in read)
+        if not fits or other.out.type.dtype != op.out.type.dtype:
+            return None
+        self.done.add(other)
+        return other
+
+    def behind(self, op: Op) -> Iterator[Op]:
+        """What is launched behind an op, in its block."""
+        views = self.program.plan.layouts.keys()
+        return (o for o in self.after[op] if not (o.name in SOURCES or views & set(o.outputs) or self.of_table(o)))
 
     def block(self, block: Block, indent: str) -> None:
         """One line an op, or nothing for a view."""
@@ -246,6 +260,7 @@ class Program:
         self.weights: dict[tuple[str, str], str] = {}
         self.constants: dict[str, str] = {}
         self.buffers: dict[tuple[int, str, tuple[int, ...], tuple[int, ...]], str] = {}
+        self.sums: dict[str, str] = {}  # by weight, of the form `rows`
         self.steps: set[Value] = set()
         self.busy: set[str] = set()  # functions that keep parts of results in a scratch
 
@@ -275,8 +290,10 @@ class Program:
         buffers = "".join(
             f"    {n!r}: ({o}, {TORCH_DTYPES[d]}, {s!r}, {st!r}),\n" for (o, d, s, st), n in self.buffers.items()
         )
-        tables = f"WEIGHTS = {{\n{weights}}}\n\nCONSTANTS = {{\n{constants}}}\n\nBUFFERS = {{\n{buffers}}}\n\n"
-        return _HEAD.format(title=title) + tables + _CLASS + methods + "\n"
+        sums = "".join(f"    {n!r}: {w!r},\n" for w, n in self.sums.items())
+        tables = {"WEIGHTS": weights, "SUMS": sums, "CONSTANTS": constants, "BUFFERS": buffers}
+        text = "".join(f"{name} = {{\n{lines}}}\n\n" for name, lines in tables.items())
+        return _HEAD.format(title=title) + text + _CLASS + methods + "\n"
 
 
 class Joined(NamedTuple):

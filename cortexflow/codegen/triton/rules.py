@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from cortexflow.codegen.triton.claims import (
@@ -19,6 +20,7 @@ from cortexflow.codegen.triton.configs import (
     LIBRARY,
     LIBRARY_PARTS,
     LIBRARY_ROWS,
+    TILED,
     attending,
     multiplying,
     segmented,
@@ -275,6 +277,15 @@ def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
     return [f"torch.mm({operands}, out={both})", f"glu({both}, rows({out}), {act})"]
 
 
+def _config(stage: Stage, op: Op, x: Value, w: Value) -> Any:
+    """The variant of a product with its epilogue."""
+    k, n = w.type.shape
+    what = op.name.removeprefix("fused.")
+    if op.attrs.get("kind", "gelu_tanh") != "gelu_tanh":  # the one activation that the library has
+        what += f" {op.attrs['kind']}"
+    return multiplying(stage, x.type.dtype, row_count(x), n, k, what, op.out.type.dtype, stored(w))
+
+
 def _multiplied(
     stage: Stage,
     op: Op,
@@ -289,12 +300,12 @@ def _multiplied(
 
     `sums`: it is added to a residual, so that a norm behind it may add the parts of k.
     """
-    k, n = w.type.shape
-    what = op.name.removeprefix("fused.")
-    if op.attrs.get("kind", "gelu_tanh") != "gelu_tanh":  # the one activation that the library has
-        what += f" {op.attrs['kind']}"
-    config = multiplying(stage, x.type.dtype, row_count(x), n, k, what, op.out.type.dtype, stored(w))
+    config = _config(stage, op, x, w)
     if config == LIBRARY_ROWS:
+        return library(f"{_flat(stage, x)}, {stage.weight(w, 'rows')}.t()")
+    if config[:1] == TILED and (lines := _tiled(stage, op, out, x, w, config, ends)):
+        return lines
+    if config[:1] == TILED:
         return library(f"{_flat(stage, x)}, {stage.weight(w, 'rows')}.t()")
     operands = f"{_flat(stage, x)}, {stage.name(w)}"
     split = config[1] if config == LIBRARY_PARTS else 1 if config == LIBRARY else config.split
@@ -313,6 +324,50 @@ def _multiplied(
     return [f"summed_norm({', '.join([parts, places, ends, f'parts={split}', *centred, *_affine(stage, norm)])})"]
 
 
+def _tiled(stage: Stage, op: Op, out: str, x: Value, w: Value, config: Any, ends: str) -> list[str] | None:
+    """A product of `kernels/cuda`, with the layer norms ahead and behind it that need no launch of their own."""
+    of, normed = stage.folded.get(x, (x, ""))
+    if normed:
+        rows = stage.weight(w, "rows").removeprefix("self.")
+        sums = stage.program.sums.setdefault(rows, f"s{len(stage.program.sums)}")
+        ends += f", normed=({normed.format(sums=f'self.{sums}')})"
+    operands = f"{_flat(stage, of)}, {stage.weight(w, 'rows')}, rows({out})"
+    if config.split > 1:
+        norm = stage.take_norm(op, "layer_norm", "rms_norm")
+        if norm is None:
+            return None
+        parts = f"tiled.product({operands}, scratch=self.scratch[0], config=tiled.{config!r})"
+        more = ["centred=True"] * (norm.name == "layer_norm") + _affine(stage, norm)
+        places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
+        return [f"summed_norm({', '.join([parts, places, ends, f'parts={config.split}', *more])})"]
+    if size := _folds(stage, op, config):
+        ends += f", new_stats=self.scratch[0][:{size}]"
+    return [f"tiled.product({operands}, {ends}, config=tiled.{config!r})"]
+
+
+def _folds(stage: Stage, op: Op, config: Any) -> int:
+    """Numbers of the stats by which the product behind the next norm can norm its rows itself; 0 where it cannot.
+
+    Nothing is launched in between, nobody else reads what is normed, and the sum is needed later, so that it stays.
+    """
+    from cortexflow.kernels.cuda.product import MOST_STATS, stats_size
+
+    behind, n = [*islice(stage.behind(op), 2)], op.out.type.shape[-1]
+    if len(behind) < 2 or not op.name.endswith("residual") or "joined" in stage.program.without:
+        return 0
+    norm, reader = behind
+    suits = norm.name == "layer_norm" and tuple(norm.inputs) == (op.out,) and n <= MOST_STATS * config.columns
+    suits = suits and reader.name in ("fused.linear", "fused.linear_act") and reader.inputs[0] is norm.out
+    suits = suits and sum(norm.out is v for o in stage.func.block.walk() for v in o.inputs) == 1
+    suits = suits and any(op.out in o.inputs for o in stage.after[reader])
+    if not suits or _config(stage, reader, *reader.inputs[:2])[:1] != TILED:
+        return 0
+    stage.done.add(norm)
+    size = stats_size(row_count(op.out), n, config)
+    stage.folded[norm.out] = op.out, f"self.scratch[0][:{size}], {{sums}}, {norm.attrs['eps']!r}"
+    return size
+
+
 def _attention(stage: Stage, op: Op, out: str) -> list[str]:
     extra = op.inputs[3:]
     other = op.inputs[2].type.shape[-1] != op.inputs[0].type.shape[-1]  # values wider or narrower than keys
@@ -322,6 +377,8 @@ def _attention(stage: Stage, op: Op, out: str) -> list[str]:
     mask = ", causal=True" if causal else f", mask={stage.read(extra[0])}" if extra else ""
     q, k, v = (stage.read(x, 2) for x in op.inputs[:3])
     config = attending(stage, op)
+    if config == TILED:
+        return [f"tiled_attention.attention({q}, {k}, {v}, {out}, {op.attrs['scale']!r})"]
     tile = f", config=prefill_attention.{config!r}, scratch=self.scratch" if config is not None else ""
     return [f"prefill_attention.attention({q}, {k}, {v}, {out}, {op.attrs['scale']!r}{mask}{tile})"]
 

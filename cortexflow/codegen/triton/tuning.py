@@ -97,7 +97,10 @@ def timed(launch: Callable[[Config], None], candidates: Sequence[Config]) -> Cal
 
     def measure(config: Config) -> float:
         compile_all()
-        launch(config)
+        for _ in range(
+            _LAUNCHES
+        ):  # each on its own data: what a launch keeps of it is there before a graph is recorded
+            launch(config)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # the default is one of the GPU that captured first

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 import triton
+from cortexflow.kernels.cuda.launch import PREPARING
 from triton.runtime.jit import JITFunction
 
 _REHEARSAL = threading.Lock()
@@ -98,6 +99,12 @@ class _Wanted(triton.AsyncCompileMode):
         finalize_fn(self.found[key])
         return self.found[key]
 
+    def prepare(self, key: object, load: Callable[[], object]) -> None:
+        """Called for a launch of a kernel that is not Triton's: it keeps what it loads itself."""
+        if key not in self.found:
+            self.found[key] = _Coming(load)
+            self.under_way[self.pool.submit(load)] = self.found[key]
+
 
 @contextmanager
 def _launching_nothing() -> Iterator[None]:
@@ -129,7 +136,11 @@ def _rehearse(launch: Callable[[], None], wanted: _Wanted) -> None:
     """Run `launch` without effect, for the kernels that it wants."""
     place = nullcontext() if wanted.device is None else torch.cuda.device(wanted.device)
     with place, _launching_nothing(), wanted, _Forms():
-        launch()
+        before = PREPARING.set(wanted.prepare)
+        try:
+            launch()
+        finally:
+            PREPARING.reset(before)
 
 
 @contextmanager
