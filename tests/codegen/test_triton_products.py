@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from cortexflow.codegen.triton import configs, rules
 from cortexflow.codegen.triton.program import Program
+from cortexflow.kernels.cuda.product import Tile
 from cortexflow.kernels.triton.product import Config
 
 M, K, N = 560, 4096, 1152
@@ -179,3 +180,79 @@ def test_a_cast_onto_what_its_product_reads_is_launched_apart() -> None:
     cast = next(op for op in func.block.ops if op.name == "cast")
     plan.offsets[cast.out] = plan.offsets[func.args["y"]]
     assert "pointwise(" in Program(module, plan).text()
+
+
+def tower(norm: str = "plain", reads: int = 1, later: bool = True) -> Module:
+    """Two products with the norm between them, and what reads the first one's sum later."""
+    width, wide = Type("bf16", (N,)), Type("bf16", (K,))
+    with function("f", x=Type("bf16", (512, N)), r=Type("bf16", (512, N))) as (f, [x, r]):
+        w, v = (ops.weight(key=key, type=Type("bf16", shape)) for key, shape in (("w", (N, N)), ("v", (N, K))))
+        b, scale, shift = (ops.weight(key=key, type=width) for key in ("b", "scale", "shift"))
+        y = fused.linear_residual(r, x, w, b)
+        n = ops.layer_norm(y, *(() if norm == "plain" else (scale, shift)), eps=1e-6)
+        h = fused.linear_act(n, v, ops.weight(key="c", type=wide), kind="gelu_tanh")
+        returns(h=h, more=ops.neg(n) if reads > 1 else ops.neg(h), last=ops.add(y, x) if later else ops.neg(x))
+    return Module({"f": f})
+
+
+def test_a_norm_between_two_products_has_no_launch(monkeypatch: Any) -> None:
+    choose(monkeypatch, Tile(rows=64, columns=72))
+    (first, second, *rest), program = lines_of(tower())
+    size = 2 * 512 * 16
+    assert (
+        first.startswith("tiled.product(") and f"new_stats=self.scratch[0][:{size}]" in first and "residual=" in first
+    )
+    assert second.startswith("tiled.product(") and f"normed=(self.scratch[0][:{size}], self.s0, 1e-06)" in second
+    assert first.split(", ")[2] == f"rows({second.split('flat(')[1].split(')')[0]})", "the second reads the sum"
+    assert not any("norm" in line for line in rest)
+    assert program.sums == {program.weights["v", "rows"]: "s0"}
+    assert "'s0': " in program.text() and program.weights.keys() & {("v", "plain"), ("w", "plain")} == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        (tower("scaled"), frozenset()),
+        (tower(reads=2), frozenset()),
+        (tower(later=False), frozenset()),
+        (tower(), frozenset({"joined"})),
+    ],
+    ids=["scaled", "read twice", "its sum is not kept", "joined off"],
+)
+def test_a_norm_that_is_launched(module: Module, without: frozenset[str], monkeypatch: Any) -> None:
+    choose(monkeypatch, Tile(rows=64, columns=72))
+    lines, program = lines_of(module, without)
+    assert any(line.startswith("layer_norm(") for line in lines) and not program.sums
+    assert not any("stats" in line or "normed=" in line for line in lines)
+
+
+def test_a_norm_ahead_of_another_kernel_is_launched(monkeypatch: Any) -> None:
+    tile = Tile(rows=64, columns=72)
+    monkeypatch.setattr(rules, "multiplying", lambda *given: tile if given[3] == N else configs.LIBRARY)
+    lines, _ = lines_of(tower())
+    assert [line.split("(")[0] for line in lines[:3]] == ["tiled.product", "layer_norm", "torch._addmm_activation"]
+
+
+def test_parts_of_a_tile_go_to_the_norm_or_it_is_the_librarys_product(monkeypatch: Any) -> None:
+    choose(monkeypatch, Tile(split=3))
+    (line, *_), _ = lines_of(product_of("linear_residual", "layer_norm"))
+    assert line.startswith("summed_norm(tiled.product(") and "parts=3, centred=True, scale=" in line
+    assert ", bias=" not in line.split("tiled.Tile(")[0], "the norm adds the bias"
+    (line, *_), _ = lines_of(product_of("linear_residual"))
+    assert line.startswith("torch.addmm(") and ".t()," in line
+
+
+def test_tiles_are_offered_where_their_kernels_run(monkeypatch: Any) -> None:
+    offered: list[Any] = []
+
+    def chosen(kernel: str, key: Any, found: Any, default: Any, measure: Any = None) -> Any:
+        offered.extend(found)
+        return default
+
+    monkeypatch.setattr(configs, "choose", chosen)
+    monkeypatch.setattr(configs, "hand_written", lambda stage: "tiles" not in stage.program.without)
+    lines_of(tower())
+    assert {c.rows for c in offered if c[:1] == configs.TILED} == {64, 128, 192}
+    offered.clear()
+    lines_of(tower(), frozenset({"tiles"}))
+    assert offered and not any(c[:1] == configs.TILED for c in offered)

@@ -209,12 +209,13 @@ def test_kernels_compile(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tm
 
 
 @compiles
-def test_an_empty_file_in_the_cache_is_not_a_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"", bytes(64)], ids=["empty", "zeros"])
+def test_a_damaged_file_in_the_cache_is_no_kernel(damage: bytes, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     text = 'extern "C" __global__ void kernel() {}'
     made = nvrtc.compiled("kernel", text)
     (kept,) = (tmp_path / "cortexflow" / "kernels").iterdir()
-    kept.write_bytes(b"")
+    kept.write_bytes(damage)
     assert nvrtc.compiled("kernel", text) == made == kept.read_bytes()
 
 

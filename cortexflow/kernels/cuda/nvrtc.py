@@ -63,7 +63,7 @@ def compiled(name: str, text: str) -> bytes:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     kept = Path(base) / "cortexflow" / "kernels" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
     try:
-        if made := kept.read_bytes():
+        if (made := kept.read_bytes()).startswith(b"\x7fELF"):  # not what a crash left of it
             return made
     except OSError:  # not there, or not to be read: compiled anew
         pass
