@@ -184,12 +184,10 @@ def _measure_product(
         if config == LIBRARY_ROWS:
             w = w.view(n, k).t()
         if config[:1] == TILED:
-            given = {} if config.split > 1 else ends
-            y = tiled(x, w.view(n, k), out, **given, scratch=scratch, config=config)
-            if config.split > 1:
+            more = {} if config.split > 1 else ends | ({"new_stats": scratch} if "residual" in ends else {})
+            y = tiled(x, w.view(n, k), out, **more, scratch=scratch, config=config)
+            if config.split > 1:  # else the next product norms what it reads
                 summed_norm(y, out, normed, 1e-6, **ends, centred=centred, parts=config.split)
-            elif "residual" in ends:
-                norm(out, normed, 1e-6)
         elif config == LIBRARY_PARTS:
             y, split = product.parted(x, w, scratch, config[1]), config[1]
             summed_norm(y, out, normed, 1e-6, **ends, centred=centred, parts=split)

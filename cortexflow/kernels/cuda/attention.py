@@ -9,13 +9,14 @@ from torch import Tensor
 
 from cortexflow.kernels.cuda.launch import heads, launch
 from cortexflow.kernels.cuda.nvrtc import multiply
-from cortexflow.kernels.triton.common import overlaps
+from cortexflow.kernels.triton.common import overlaps, processors
 
 KEYS = 256
 ROWS = 64  # queries of a program
 WIDE, NARROW = 64, 16  # the pieces of a head
-SHARED_BYTES = 116 << 10
-"""What a program takes, 101 KB at most, and so much more that no two share a multiprocessor while another has none."""
+SHARED_BYTES = 103 << 10
+ALONE_BYTES = 116 << 10
+"""What a program is given where each has a multiprocessor: two would share one while another has none."""
 
 
 def fits(n: int, groups: bool, d: int) -> bool:
@@ -36,12 +37,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> Non
     blocks = [(x, rows, width) for x, rows in ((q, ROWS), (k, 128), (v, 128)) for width in (WIDE, NARROW)]
     maps = [heads(x, rows, width, swizzle=2 * width) for x, rows, width in blocks]
     tiles = -(-m // ROWS)
+    shared = ALONE_BYTES if tiles * count * b <= processors() else SHARED_BYTES
     fragments = {
         "LOGITS": multiply(128, q.dtype),
         "WIDE": multiply(WIDE, q.dtype, registers=True),
         "NARROW": multiply(NARROW, q.dtype, registers=True),
     }
     launch(
-        "attention", macros, fragments, grid=tiles * count * b, block=128, shared=SHARED_BYTES,
+        "attention", macros, fragments, grid=tiles * count * b, block=128, shared=shared,
         early=overlaps(), arguments=[*maps, heads(out, ROWS, d, swizzle=0), n, count, tiles, scale * math.log2(math.e)],
     )  # fmt: skip

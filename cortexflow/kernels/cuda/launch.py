@@ -17,6 +17,7 @@ PREPARING: ContextVar[Callable[[object, Callable[[], object]], None] | None] = C
 
 _SHARED, _CLUSTER, _EARLY = 8, 4, 6  # CUfunction_attribute and CUlaunchAttributeID
 _MAP_BYTES = 128
+_ROOMS: dict[torch.device, list[Tensor]] = {}  # what is left of the room for maps
 _CODES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
 _SWIZZLES = {0: 0, 32: 1, 128: 3}  # CUtensorMapSwizzle, by bytes of a row
 _L2_LINE = 2  # CUtensorMapL2promotion: fetch 128 bytes
@@ -127,18 +128,17 @@ def _map(
     _check(made, f"describing a matrix of {sizes[::-1]} in blocks of {block[::-1]}")
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a kernel's tensor maps are made at its first launch: launch once before capturing a graph")
-    taken, pool = _pool(device)
-    if taken[0] == len(pool):
-        raise RuntimeError(f"more than {len(pool)} tensor maps: compile fewer policies in one process")
-    pool[taken[0]].copy_(torch.frombuffer(bytearray(ctypes.string_at(at, _MAP_BYTES)), dtype=torch.uint8))
-    taken[0] += 1
-    return pool[taken[0] - 1]
+    found = _room(device)
+    found.copy_(torch.frombuffer(bytearray(ctypes.string_at(at, _MAP_BYTES)), dtype=torch.uint8))
+    return found
 
 
-@cache
-def _pool(device: torch.device) -> tuple[list[int], Tensor]:
-    """How many of a device's maps are taken, and room for all."""
-    return [0], torch.empty(1 << 14, _MAP_BYTES, dtype=torch.uint8, device=device)
+def _room(device: torch.device) -> Tensor:
+    """Room for one more map in a device's memory, beside the others."""
+    rooms = _ROOMS.setdefault(device, [])
+    if not rooms:
+        rooms += torch.empty(1 << 10, _MAP_BYTES, dtype=torch.uint8, device=device).unbind()
+    return rooms.pop()
 
 
 @cache
