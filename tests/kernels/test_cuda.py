@@ -251,6 +251,8 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         product.product(x, w, out, new_stats=torch.empty(8), config=c)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         product.product(x.float(), w.float(), out.float(), config=c)
+    with pytest.raises(ValueError, match="float32"):
+        product.product(x, w, out, bias=torch.empty(64), config=c)
     with pytest.raises(ValueError, match="16 bytes"):
         product.product(x[:, 1:], w, out, config=c)
     heads = torch.empty(1, 257, 2, 72, dtype=BF16)

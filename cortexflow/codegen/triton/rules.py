@@ -360,6 +360,7 @@ def _folds(stage: Stage, op: Op, config: Any) -> int:
     suits = suits and reader.name in ("fused.linear", "fused.linear_act") and reader.inputs[0] is norm.out
     suits = suits and sum(norm.out is v for o in stage.func.block.walk() for v in o.inputs) == 1
     suits = suits and any(op.out in o.inputs for o in stage.after[reader])
+    suits = suits and all((op in b.ops) == (reader in b.ops) for b in stage.program.plan.branches)  # one scratch
     if not suits or _config(stage, reader, *reader.inputs[:2])[:1] != TILED:
         return 0
     stage.done.add(norm)

@@ -97,9 +97,7 @@ def timed(launch: Callable[[Config], None], candidates: Sequence[Config]) -> Cal
 
     def measure(config: Config) -> float:
         compile_all()
-        for _ in range(
-            _LAUNCHES
-        ):  # each on its own data: what a launch keeps of it is there before a graph is recorded
+        for _ in range(_LAUNCHES):  # over all data: what a launch keeps of it must be there before a graph is recorded
             launch(config)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

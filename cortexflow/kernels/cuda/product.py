@@ -94,6 +94,9 @@ def product(
     (m, k), n, c = x.shape, w.shape[0], config
     if act not in ACTIVATIONS:
         raise ValueError(f"activation {act!r}: this kernel has {', '.join(ACTIVATIONS)}")
+    others = {t.dtype for t in (w, out, bias, residual) if t is not None} - {x.dtype}
+    if others:
+        raise ValueError(f"expected everything but sums in x's {x.dtype}, found {others}")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
     if new_stats is not None and (new_stats.numel() < stats_size(m, n, c) or n > MOST_STATS * c.columns):
