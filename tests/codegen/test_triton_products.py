@@ -11,7 +11,7 @@ from cortexflow.passes.plan_buffers import plan_buffers
 
 pytest.importorskip("triton")
 
-from cortexflow.codegen.triton import configs, rules
+from cortexflow.codegen.triton import configs, products
 from cortexflow.codegen.triton.program import Program
 from cortexflow.kernels.cuda.product import Tile
 from cortexflow.kernels.triton.product import Config
@@ -51,7 +51,7 @@ def product_of(what: str, norm: str = "", stored: bool = True) -> Module:
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, config: Any) -> None:
-    monkeypatch.setattr(rules, "multiplying", lambda *_: config)
+    monkeypatch.setattr(products, "multiplying", lambda *_: config)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_norm_that_is_launched(module: Module, without: frozenset[str], monkey
 
 def test_a_norm_ahead_of_another_kernel_is_launched(monkeypatch: Any) -> None:
     tile = Tile(rows=64, columns=72)
-    monkeypatch.setattr(rules, "multiplying", lambda *given: tile if given[3] == N else configs.LIBRARY)
+    monkeypatch.setattr(products, "multiplying", lambda *given: tile if given[3] == N else configs.LIBRARY)
     lines, _ = lines_of(tower())
     assert [line.split("(")[0] for line in lines[:3]] == ["tiled.product", "layer_norm", "torch._addmm_activation"]
 

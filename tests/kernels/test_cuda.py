@@ -251,6 +251,8 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         product.product(x, w, out, new_stats=torch.empty(8), config=c)
     with pytest.raises(ValueError, match="bfloat16 or float16"):
         product.product(x.float(), w.float(), out.float(), config=c)
+    with pytest.raises(ValueError, match="not finished"):
+        product.product(x, w, out, residual=out, scratch=torch.empty(1 << 13), config=c._replace(split=2))
     with pytest.raises(ValueError, match="float32"):
         product.product(x, w, out, bias=torch.empty(64), config=c)
     with pytest.raises(ValueError, match="16 bytes"):

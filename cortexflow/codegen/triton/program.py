@@ -10,7 +10,8 @@ from typing import NamedTuple
 from cortexflow.codegen.torch import RULES as TORCH_RULES
 from cortexflow.codegen.triton.chains import find_chains, launched
 from cortexflow.codegen.triton.claims import has_table
-from cortexflow.codegen.triton.rules import RULES, can_rotate, concatenates_rows, is_thin
+from cortexflow.codegen.triton.products import can_rotate, is_thin
+from cortexflow.codegen.triton.rules import RULES, concatenates_rows
 from cortexflow.errors import TargetError
 from cortexflow.ir.core import SOURCES, Block, Func, Module, Op, Value
 from cortexflow.ir.dtypes import TORCH_DTYPES
@@ -111,6 +112,14 @@ class Stage:
         """A value for a kernel that wants its last axes dense; a copy where the plan has them otherwise."""
         strides = self.program.plan.layout(v).strides
         return self.name(v) + ("" if is_dense(v.type.shape[-axes:], strides[-axes:]) else ".contiguous()")
+
+    def flat(self, v: Value) -> str:
+        """A value as a matrix of its last axis."""
+        return f"flat({self.read(v)})"
+
+    def row(self, v: Value) -> str:
+        """A value as one vector."""
+        return f"{self.read(v)}.view(-1)"
 
     def weight(self, w: Value, form: str) -> str:
         """A weight in one of `placement.FORMS`."""

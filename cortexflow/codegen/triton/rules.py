@@ -2,137 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cortexflow.codegen.triton.claims import (
-    SOME_ROWS,
-    STREAMED,
-    grouped,
-    has_table,
-    row_count,
-    skinny_config,
-    stored,
-    streams,
-)
-from cortexflow.codegen.triton.configs import (
-    LIBRARY,
-    LIBRARY_PARTS,
-    LIBRARY_ROWS,
-    TILED,
-    attending,
-    multiplying,
-    segmented,
-    streamed,
-    warped,
-)
-from cortexflow.ir.core import Op, Value
+from cortexflow.codegen.triton.claims import has_table
+from cortexflow.codegen.triton.configs import TILED, attending, segmented
+from cortexflow.codegen.triton.products import PRODUCTS, Rule, normed
+from cortexflow.ir.core import Op
 
 if TYPE_CHECKING:
     from cortexflow.codegen.triton.program import Stage
-
-Rule = Callable[["Stage", Op, str], list[str]]
-
-THIN = 1 << 16  # entries of a weight that `kernels/triton/thin.py` is made for
-
-ROLES = {
-    "fused.norm_matmul": ("x", "w"),
-    "fused.norm_glu": ("x", "w"),
-    "fused.modulated_norm_matmul": ("x", "scale", "shift", "w"),
-    "fused.modulated_norm_glu": ("x", "scale", "shift", "w"),
-    "fused.matmul_residual": ("r", "x", "w"),
-    "fused.matmul_gated_residual": ("r", "x", "w", "gate"),
-}
-
-
-def _flat(stage: Stage, v: Value) -> str:
-    return f"flat({stage.read(v)})"
-
-
-def _row(stage: Stage, v: Value) -> str:
-    return f"{stage.read(v)}.view(-1)"
-
-
-def _few(stage: Stage, op: Op, x: int, w: int) -> bool:
-    return "streaming" not in stage.program.without and streams(op, x, w)
-
-
-def _some(stage: Stage, op: Op, x: int, w: int, glu: bool = False, whole: bool = False) -> bool:
-    """Warpgroup instructions are Hopper's alone."""
-    hopper = stage.program.capability // 10 == 9
-    return hopper and "streaming" not in stage.program.without and grouped(op, x, w, glu, whole)
-
-
-# ---- products of few rows ----------------------------------------------------------------------------
-
-
-def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
-    given = dict(zip(ROLES[op.name], op.inputs, strict=True))
-    glu, norm = op.name.endswith("glu"), "eps" in op.attrs
-    parts = [_flat(stage, given["x"]), stage.weight(given["w"], "rows"), f"rows({out})"]
-    parts += [f"{k}={_row(stage, given[k])}" for k in ("gate", "scale", "shift") if k in given]
-    if "r" in given:
-        parts.append(f"residual={_flat(stage, given['r'])}")
-    if norm:
-        parts.append(f"eps={op.attrs['eps']!r}")
-    if glu:
-        parts.append(f"glu=True, act={op.attrs['kind']!r}")
-    k, n = given["w"].type.shape
-    early = stage.settled(*(given.get(name) for name in ("gate", "scale", "shift")))
-    if stage.program.capability >= 90:
-        return [
-            *early,
-            f"streaming.streaming({', '.join(parts)}, config=streaming.{streamed(stage, op, n, k, glu, norm)!r})",
-        ]
-    return [*early, f"skinny({', '.join(parts)}, scratch=self.scratch, config={skinny_config(n, k, glu, norm)})"]
-
-
-def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = False) -> list[str]:
-    """A product of up to 128 rows, whole."""
-    k, n = w.type.shape
-    config = warped(stage, op, n // (1 + glu), k, glu)
-    if config.split > 1:
-        return [*_parts(stage, x, w, config), f"warpgroup.combine(self.scratch[0], rows({out}), {config.split})"]
-    unit = f"glu=True, act={op.attrs['kind']!r}, " if glu else ""
-    if op in stage.rotating:
-        _, _, _, _, v, cosine, sine, _ = stage.rotating[op].inputs
-        unit = f"angles=({stage.read(cosine, 3)}, {stage.read(sine, 3)}), rotated={n - v.type.shape[-1]}, "
-    operands = f"{_flat(stage, x)}, {stage.weight(w, 'interleaved')}, rows({out})"
-    return [f"warpgroup.warpgroup({operands}, {unit}config=warpgroup.{config!r})"]
-
-
-def can_rotate(stage: Stage, product: Op, attention: Op) -> bool:
-    """Whether a product's kernel can rotate queries and keys, and the attention's kernel leave them as they are."""
-    if product.name != "matmul" or not _some(stage, product, 0, 1):
-        return False
-    from cortexflow.kernels.gluon.split_attention import Split
-    from cortexflow.kernels.gluon.warpgroup import rotates
-
-    (k, n), d = product.inputs[1].type.shape, attention.inputs[0].type.shape[-1]
-    fits = rotates(n, d // 2, warped(stage, product, n, k, False))
-    return fits and isinstance(segmented(stage, attention), Split)
-
-
-def _parts(stage: Stage, x: Value, w: Value, config: Any) -> list[str]:
-    """A product's parts of k, to the scratch."""
-    scratch = f"self.scratch[0].view(-1, {w.type.shape[1]})"
-    operands = f"{_flat(stage, x)}, {stage.weight(w, 'interleaved')}, {scratch}"
-    return [f"warpgroup.warpgroup({operands}, config=warpgroup.{config!r})"]
-
-
-def _combined(stage: Stage, op: Op, out: str, r: Value, x: Value, w: Value, gate: Value | None) -> list[str]:
-    """A product of up to 128 rows added to a residual; the norm that follows comes with the addition."""
-    k, n = w.type.shape
-    config = warped(stage, op, n, k, False)
-    parts = [f"self.scratch[0], rows({out}), {config.split}, residual={_flat(stage, r)}"]
-    early = [gate]
-    if gate is not None:
-        parts.append(f"gate={_row(stage, gate)}")
-    if norm := stage.take_norm(op, "fused.modulated_norm", "rms_norm"):
-        early += norm.inputs[1:]
-        parts += [f"normed=rows({stage.name(norm.out)}), eps={norm.attrs['eps']!r}", *_affine(stage, norm)]
-    return [*stage.settled(*early), *_parts(stage, x, w, config), f"warpgroup.combine({', '.join(parts)})"]
 
 
 def _segments(stage: Stage, op: Op, out: str) -> list[str]:
@@ -154,221 +32,6 @@ def _token(stage: Stage, op: Op, out: str) -> list[str]:
     ]
 
 
-# ---- products of many rows ---------------------------------------------------------------------------
-
-
-def _product(stage: Stage, op: Op, out: str) -> list[str]:
-    x, w = op.inputs
-    wider = (x.type.dtype, op.out.type.dtype) in (("bf16", "f32"), ("f16", "f32"))
-    if len(w.type.shape) != 2 or not (wider or op.out.type.dtype == x.type.dtype):
-        return stage.copied(op, out)
-    if wider:
-        return _multiplied(stage, op, out, x, w, lambda _: stage.copied(op, out))
-    if small := _thin(stage, op, out, x, w):
-        return small
-    if _some(stage, op, 0, 1):
-        return _warped(stage, op, out, x, w)
-    return _multiplied(stage, op, out, x, w, lambda given: [f"torch.mm({given}, out=rows({out}))"])
-
-
-def is_thin(stage: Stage, op: Op) -> bool:
-    """Whether a product is one for `kernels/triton/thin.py`."""
-    if op.name not in ("matmul", "fused.linear", "fused.linear_act", "fused.linear_residual", "fused.matmul_residual"):
-        return False
-    x, w = op.inputs["residual" in op.name :][:2]
-    small = len(w.type.shape) == 2 and stored(w) and w.type.size <= THIN and row_count(x) <= SOME_ROWS
-    return small and w.type.dtype == op.out.type.dtype == "f32" and "streaming" not in stage.program.without
-
-
-def _thin(
-    stage: Stage, op: Op, out: str, x: Value, w: Value, bias: Value | None = None, **ends: str
-) -> list[str] | None:
-    """A small product in float32, which the library's kernels are slow to start for."""
-    if not is_thin(stage, op):
-        return None
-    if bias is not None:
-        ends["bias"] = _row(stage, bias)
-    given = "".join(f", {name}={value}" for name, value in ends.items())
-    return [*stage.settled(bias), f"thin({_flat(stage, x)}, {stage.name(w)}, rows({out}){given})"]
-
-
-def _linear(stage: Stage, op: Op, out: str) -> list[str]:
-    x, w, b = op.inputs
-    bias = _row(stage, b)
-    if small := _thin(stage, op, out, x, w, b):
-        return small
-
-    def library(given: str) -> list[str]:
-        return [f"torch.addmm({bias}, {given}, out=rows({out}))"]
-
-    return _multiplied(stage, op, out, x, w, library, f"bias={bias}")
-
-
-def _linear_act(stage: Stage, op: Op, out: str) -> list[str]:
-    x, w, b = op.inputs
-    kind, bias, flat = op.attrs["kind"], _row(stage, b), f"rows({out})"
-    if small := _thin(stage, op, out, x, w, b, act=repr(kind)):
-        return small
-
-    def library(given: str) -> list[str]:
-        if kind == "gelu_tanh" and "epilogues" not in stage.program.without and op.out.type.dtype in ("bf16", "f16"):
-            return [f"torch._addmm_activation({bias}, {given}, use_gelu=True, out={flat})"]  # its GELU is the tanh form
-        return [f"torch.mm({given}, out={flat})", f"epilogue({flat}, {flat}, bias={bias}, act={kind!r})"]
-
-    return _multiplied(stage, op, out, x, w, library, f"bias={bias}, act={kind!r}")
-
-
-def _linear_residual(stage: Stage, op: Op, out: str) -> list[str]:
-    r, x, w, b = op.inputs
-    if small := _thin(stage, op, out, x, w, b, residual=_flat(stage, r)):
-        return small
-
-    def library(given: str) -> list[str]:
-        product = f"torch.addmm({_flat(stage, r)}, {given}, out={flat})"
-        if norm := stage.take_norm(op, "layer_norm", "rms_norm"):
-            return [product, _normed(stage, norm, stage.name(norm.out), f"bias={stage.name(b)}")]
-        return [product, f"epilogue({flat}, {flat}, bias={stage.name(b)})"]
-
-    flat = f"rows({out})"
-    ends = f"bias={stage.name(b)}, residual={_flat(stage, r)}"
-    return _multiplied(stage, op, out, x, w, library, ends, sums=True)
-
-
-def _matmul_residual(stage: Stage, op: Op, out: str) -> list[str]:
-    r, x, w = op.inputs
-    if _few(stage, op, 1, 2):
-        return _streamed(stage, op, out)
-    if _some(stage, op, 1, 2, whole=True):
-        return _combined(stage, op, out, r, x, w, None)
-    if small := _thin(stage, op, out, x, w, residual=_flat(stage, r)):
-        return small
-
-    def library(given: str) -> list[str]:
-        return [f"torch.addmm({_flat(stage, r)}, {given}, out=rows({out}))"]
-
-    return _multiplied(stage, op, out, x, w, library, f"residual={_flat(stage, r)}", sums=True)
-
-
-def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
-    r, x, w, gate = op.inputs
-    if _few(stage, op, 1, 2):
-        return _streamed(stage, op, out)
-    if _some(stage, op, 1, 2, whole=True):
-        return _combined(stage, op, out, r, x, w, gate)
-    # the result may stand where the residual stood: the product needs a place of its own
-    product = f"torch.mm({_flat(stage, x)}, {stage.name(w)})"
-    ends = f"residual={_flat(stage, r)}, gate={_row(stage, gate)}"
-    if norm := stage.take_norm(op, "fused.modulated_norm", "rms_norm"):
-        places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
-        return [f"summed_norm({', '.join([product, places, ends, *_affine(stage, norm)])})"]
-    return [f"epilogue({product}, rows({out}), {ends})"]
-
-
-def _matmul_glu(stage: Stage, op: Op, out: str) -> list[str]:
-    x, w = op.inputs
-    if _some(stage, op, 0, 1, glu=True):
-        return _warped(stage, op, out, x, w, glu=True)
-    k, n = w.type.shape
-    config = multiplying(stage, x.type.dtype, row_count(x), n // 2, k, "pairs", x.type.dtype)
-    operands, act = f"{_flat(stage, x)}, {stage.weight(w, 'pairs')}", f"act={op.attrs['kind']!r}, pairs=True"
-    if config != LIBRARY:
-        return [f"product.product({operands}, rows({out}), {act}, config=product.{config!r})"]
-    both = f"halves(self.scratch, rows({out}))"  # the library's product of pairs, the unit behind it
-    return [f"torch.mm({operands}, out={both})", f"glu({both}, rows({out}), {act})"]
-
-
-def _config(stage: Stage, op: Op, x: Value, w: Value) -> Any:
-    """The variant of a product with its epilogue."""
-    k, n = w.type.shape
-    what = op.name.removeprefix("fused.")
-    if op.attrs.get("kind", "gelu_tanh") != "gelu_tanh":  # the one activation that the library has
-        what += f" {op.attrs['kind']}"
-    return multiplying(stage, x.type.dtype, row_count(x), n, k, what, op.out.type.dtype, stored(w))
-
-
-def _multiplied(
-    stage: Stage,
-    op: Op,
-    out: str,
-    x: Value,
-    w: Value,
-    library: Callable[[str], list[str]],
-    ends: str = "",
-    sums: bool = False,
-) -> list[str]:
-    """A product with its epilogue: in a kernel of ours, or as `library` has it of its operands, whichever is faster.
-
-    `sums`: it is added to a residual, so that a norm behind it may add the parts of k.
-    """
-    config = _config(stage, op, x, w)
-    if config == LIBRARY_ROWS:
-        return library(f"{_flat(stage, x)}, {stage.weight(w, 'rows')}.t()")
-    if config[:1] == TILED and (lines := _tiled(stage, op, out, x, w, config, ends)):
-        return lines
-    if config[:1] == TILED:
-        return library(f"{_flat(stage, x)}, {stage.weight(w, 'rows')}.t()")
-    operands = f"{_flat(stage, x)}, {stage.name(w)}"
-    split = config[1] if config == LIBRARY_PARTS else 1 if config == LIBRARY else config.split
-    norm = stage.take_norm(op, "layer_norm", "rms_norm", "fused.modulated_norm") if sums and split > 1 else None
-    if config == LIBRARY or (config == LIBRARY_PARTS and norm is None):
-        return library(operands)
-    ours = f"{operands}, rows({out}), {{}}config=product.{config!r}"
-    if norm is None:
-        ends += ", scratch=self.scratch[0]" if split > 1 else ""
-        return [f"product.product({ours.format(f'{ends}, '.lstrip(', '))})"]
-    parts = f"product.parted({operands}, self.scratch[0], {split})"
-    if config != LIBRARY_PARTS:
-        parts = f"product.product({ours.format('scratch=self.scratch[0], finish=False, ')})"
-    centred = ["centred=True"] if norm.name == "layer_norm" else []
-    places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
-    return [f"summed_norm({', '.join([parts, places, ends, f'parts={split}', *centred, *_affine(stage, norm)])})"]
-
-
-def _tiled(stage: Stage, op: Op, out: str, x: Value, w: Value, config: Any, ends: str) -> list[str] | None:
-    """A product of `kernels/cuda`, with the layer norms ahead and behind it that need no launch of their own."""
-    of, normed = stage.folded.get(x, (x, ""))
-    if normed:
-        rows = stage.weight(w, "rows").removeprefix("self.")
-        sums = stage.program.sums.setdefault(rows, f"s{len(stage.program.sums)}")
-        ends += f", normed=({normed.format(sums=f'self.{sums}')})"
-    operands = f"{_flat(stage, of)}, {stage.weight(w, 'rows')}, rows({out})"
-    if config.split > 1:
-        norm = stage.take_norm(op, "layer_norm", "rms_norm")
-        if norm is None:
-            return None
-        parts = f"tiled.product({operands}, scratch=self.scratch[0], config=tiled.{config!r})"
-        more = ["centred=True"] * (norm.name == "layer_norm") + _affine(stage, norm)
-        places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
-        return [f"summed_norm({', '.join([parts, places, ends, f'parts={config.split}', *more])})"]
-    if size := _folds(stage, op, config):
-        ends += f", new_stats=self.scratch[0][:{size}]"
-    return [f"tiled.product({operands}, {ends}, config=tiled.{config!r})"]
-
-
-def _folds(stage: Stage, op: Op, config: Any) -> int:
-    """Numbers of the stats by which the product behind the next norm can norm its rows itself; 0 where it cannot.
-
-    Nothing is launched in between, nobody else reads what is normed, and the sum is needed later, so that it stays.
-    """
-    from cortexflow.kernels.cuda.product import MOST_STATS, stats_size
-
-    behind, n = [*islice(stage.behind(op), 2)], op.out.type.shape[-1]
-    if len(behind) < 2 or not op.name.endswith("residual") or "joined" in stage.program.without:
-        return 0
-    norm, reader = behind
-    suits = norm.name == "layer_norm" and tuple(norm.inputs) == (op.out,) and n <= MOST_STATS * config.columns
-    suits = suits and reader.name in ("fused.linear", "fused.linear_act") and reader.inputs[0] is norm.out
-    suits = suits and sum(norm.out is v for o in stage.func.block.walk() for v in o.inputs) == 1
-    suits = suits and any(op.out in o.inputs for o in stage.after[reader])
-    suits = suits and all((op in b.ops) == (reader in b.ops) for b in stage.program.plan.branches)  # one scratch
-    if not suits or _config(stage, reader, *reader.inputs[:2])[:1] != TILED:
-        return 0
-    stage.done.add(norm)
-    size = stats_size(row_count(op.out), n, config)
-    stage.folded[norm.out] = op.out, f"self.scratch[0][:{size}], {{sums}}, {norm.attrs['eps']!r}"
-    return size
-
-
 def _attention(stage: Stage, op: Op, out: str) -> list[str]:
     extra = op.inputs[3:]
     other = op.inputs[2].type.shape[-1] != op.inputs[0].type.shape[-1]  # values wider or narrower than keys
@@ -388,7 +51,7 @@ def _attention(stage: Stage, op: Op, out: str) -> list[str]:
 
 
 def _act(stage: Stage, op: Op, out: str) -> list[str]:
-    return [f"epilogue({_flat(stage, op.inputs[0])}, rows({out}), act={op.attrs['kind']!r})"]
+    return [f"epilogue({stage.flat(op.inputs[0])}, rows({out}), act={op.attrs['kind']!r})"]
 
 
 def concatenates_rows(op: Op) -> bool:
@@ -412,7 +75,7 @@ def _argmax(stage: Stage, op: Op, out: str) -> list[str]:
     x = op.inputs[0]
     if x.type.dtype not in ("f32", "bf16", "f16") or op.attrs["axis"] not in (-1, len(x.type.shape) - 1):
         return stage.copied(op, out)
-    return [f"argmax({_flat(stage, x)}, {out}.view(-1))"]
+    return [f"argmax({stage.flat(x)}, {out}.view(-1))"]
 
 
 def _cache_update(stage: Stage, op: Op, out: str) -> list[str]:
@@ -423,24 +86,14 @@ def _cache_update(stage: Stage, op: Op, out: str) -> list[str]:
     return [f"{stage.slot(op)}.copy_({stage.name(new)})"]
 
 
-def _affine(stage: Stage, norm: Op) -> list[str]:
-    return [f"{n}={_row(stage, v)}" for n, v in zip(("scale", "shift"), norm.inputs[1:], strict=False)]
-
-
-def _normed(stage: Stage, op: Op, out: str, more: str = "") -> str:
-    params = _affine(stage, op) + ([more] if more else [])
-    name = op.name.removeprefix("fused.")
-    return f"{name}({_flat(stage, op.inputs[0])}, {', '.join([f'rows({out})', repr(op.attrs['eps']), *params])})"
-
-
 def _norm(stage: Stage, op: Op, out: str) -> list[str]:
-    return [_normed(stage, op, out)]
+    return [normed(stage, op, out)]
 
 
 def _modulated_norm(stage: Stage, op: Op, out: str) -> list[str]:
     x, scale, shift = op.inputs
-    vectors = f"{_row(stage, scale)}, {_row(stage, shift)}"
-    return [f"modulated_norm({_flat(stage, x)}, rows({out}), {vectors}, {op.attrs['eps']!r})"]
+    vectors = f"{stage.row(scale)}, {stage.row(shift)}"
+    return [f"modulated_norm({stage.flat(x)}, rows({out}), {vectors}, {op.attrs['eps']!r})"]
 
 
 def _rope(stage: Stage, op: Op, out: str) -> list[str]:
@@ -459,7 +112,7 @@ def _rope(stage: Stage, op: Op, out: str) -> list[str]:
 
 
 def _glu(stage: Stage, op: Op, out: str) -> list[str]:
-    return [f"glu({_flat(stage, op.inputs[0])}, rows({out}), {op.attrs['kind']!r})"]
+    return [f"glu({stage.flat(op.inputs[0])}, rows({out}), {op.attrs['kind']!r})"]
 
 
 def _gather(stage: Stage, op: Op, out: str) -> list[str]:
@@ -471,24 +124,17 @@ def _gather(stage: Stage, op: Op, out: str) -> list[str]:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(STREAMED, _streamed),
+    **PRODUCTS,
     "fused.rotated_attention_segments": _segments,
     "fused.attention_segments": _token,
     "fused.modulated_norm": _modulated_norm,
-    "fused.matmul_glu": _matmul_glu,
     "fused.glu": _glu,
-    "fused.linear": _linear,
-    "fused.linear_act": _linear_act,
-    "fused.linear_residual": _linear_residual,
-    "fused.matmul_residual": _matmul_residual,
-    "fused.matmul_gated_residual": _matmul_gated_residual,
     "act": _act,
     "cache_update": _cache_update,
     "argmax": _argmax,
     "attention": _attention,
     "concat": _concat,
     "gather": _gather,
-    "matmul": _product,
     "rms_norm": _norm,
     "layer_norm": _norm,
     "rope": _rope,

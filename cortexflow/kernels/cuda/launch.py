@@ -111,7 +111,7 @@ def _mapped(
     return _map(x.device, x.data_ptr(), _CODES[x.dtype], sizes, strides, block, _SWIZZLES[swizzle])
 
 
-@cache  # maps that lie apart in memory cost a launch more than those that others have read just before
+@cache  # once, in the card's memory: among a launch's arguments maps are fetched anew each time
 def _map(
     device: torch.device, place: int, code: int, sizes: tuple[int, ...], strides: tuple[int, ...],
     block: tuple[int, ...], swizzle: int,

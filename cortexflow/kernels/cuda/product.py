@@ -97,6 +97,8 @@ def product(
     others = {t.dtype for t in (w, out, bias, residual) if t is not None} - {x.dtype}
     if others:
         raise ValueError(f"expected everything but sums in x's {x.dtype}, found {others}")
+    if c.split > 1 and (act != "none" or any(t is not None for t in (bias, residual, normed, new_stats))):
+        raise ValueError("parts of k are not finished here: hand bias and residual to what adds them")
     if c.split > 1 and (scratch is None or scratch.numel() < c.split * m * n):
         raise ValueError(f"{c.split} parts of [{m}, {n}] need {c.split * m * n} float32 entries of scratch")
     if new_stats is not None and (new_stats.numel() < stats_size(m, n, c) or n > MOST_STATS * c.columns):
