@@ -25,7 +25,7 @@ FLOORS = {
     "codegen": ("ir", "passes", "codegen", "kernels", "errors"),
 }
 FAMILIES = ("pi0", "pi05", "π0", "openvla", "rt1", "rt2", "siglip", "gemma", "llama", "dinov2", "paligemma")
-MAX_COMPILER_LINES = 8280  # without kernels and model families
+MAX_COMPILER_LINES = 8340  # without kernels and model families
 MAX_ENVIRONMENT_VARIABLES = 5
 
 

@@ -250,7 +250,7 @@ def test_tiles_are_offered_where_their_kernels_run(monkeypatch: Any) -> None:
         return default
 
     monkeypatch.setattr(configs, "choose", chosen)
-    monkeypatch.setattr(configs, "hand_written", lambda stage: "tiles" not in stage.program.without)
+    monkeypatch.setattr(configs, "hand_written", lambda stage, switch="tiles": switch not in stage.program.without)
     lines_of(tower())
     assert {c.rows for c in offered if c[:1] == configs.TILED} == {64, 128, 192}
     offered.clear()

@@ -39,6 +39,13 @@ def warped(stage: Stage, op: Op, n: int, k: int, glu: bool) -> Any:
     return default(n, k, glu)
 
 
+def resident(stage: Stage, op: Op, n: int, k: int, glu: bool, norm: bool, modulated: bool) -> Any:
+    """Of `kernels/cuda/streaming.py`, None where that cannot run; as for `streamed`."""
+    from cortexflow.kernels.cuda.streaming import default
+
+    return default(n, k, glu, norm, modulated) if hand_written(stage, "resident") else None
+
+
 def segmented(stage: Stage, op: Op) -> Any:
     """Of `kernels/triton/segment_attention.py`; as for `streamed`."""
     from cortexflow.kernels.triton.segment_attention import default
@@ -89,11 +96,11 @@ def _tiles(stage: Stage, m: int, n: int, k: int, what: str) -> Sequence[Any]:
     return candidates(m, n, k, "residual" in what) if suits else []
 
 
-def hand_written(stage: Stage) -> bool:
+def hand_written(stage: Stage, switch: str = "tiles") -> bool:
     """Whether the kernels in CUDA C++ can run: Hopper's instructions, and the compiler that PyTorch brings."""
     from cortexflow.kernels.cuda.nvrtc import available
 
-    on = stage.program.capability // 10 == 9 and "tiles" not in stage.program.without
+    on = stage.program.capability // 10 == 9 and switch not in stage.program.without
     return on and torch.cuda.is_available() and available()
 
 

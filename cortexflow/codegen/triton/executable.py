@@ -28,6 +28,7 @@ SWITCHES = {
     "host_tables": "large tables read by rows stay in host memory",
     "streaming": "few rows: kernels that fetch their weights before they wait for their input; off: the library",
     "epilogues": "gated units and biases inside a product's kernel; off: the library's product, then a kernel behind",
+    "resident": "few rows: products and attention that leave room for the next kernels, in CUDA C++ (Hopper)",
     "tiles": "image towers: tiles of any width and norms without a launch, in CUDA C++ (Hopper)",
     "chains": "small ops that work entry by entry, one behind the other, are one launch",
     "branches": "long chains that read nothing of each other run side by side",

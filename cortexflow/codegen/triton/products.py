@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from cortexflow.codegen.triton.claims import (
+    SCRATCH,
     SOME_ROWS,
     STREAMED,
     grouped,
@@ -21,6 +22,7 @@ from cortexflow.codegen.triton.configs import (
     LIBRARY_ROWS,
     TILED,
     multiplying,
+    resident,
     segmented,
     streamed,
     warped,
@@ -80,12 +82,46 @@ def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
         parts.append(f"glu=True, act={op.attrs['kind']!r}")
     k, n = given["w"].type.shape
     early = stage.settled(*(given.get(name) for name in ("gate", "scale", "shift")))
+    config = _resident(stage, op)
+    if config and (op in stage.squares or not norm):
+        if norm:
+            parts.append(f"squares=resident.row_squares(self.scratch, {stage.squares[op]})")
+        elif sums := _square_sums(stage, op, n // config.mine):
+            parts.append(f"new_squares={sums}")
+        if op in stage.rotating:
+            cosine, sine = stage.rotating[op].inputs[5:7]
+            early = early or stage.settled(cosine, sine)
+            width = n - stage.rotating[op].inputs[4].type.shape[-1]
+            parts.append(f"angles=({stage.read(cosine, 3)}, {stage.read(sine, 3)}), rotated={width}")
+        return [*early, f"resident.streaming({', '.join(parts)}, config=resident.{config!r})"]
+    if op in stage.rotating:  # nobody hands it sums
+        stage.rotating.pop(stage.rotating.pop(op))
     if stage.program.capability >= 90:
         return [
             *early,
             f"streaming.streaming({', '.join(parts)}, config=streaming.{streamed(stage, op, n, k, glu, norm)!r})",
         ]
     return [*early, f"skinny({', '.join(parts)}, scratch=self.scratch, config={skinny_config(n, k, glu, norm)})"]
+
+
+def _resident(stage: Stage, op: Op) -> Any:
+    """The variant of a product of few rows that leaves room for its neighbours; None where there is none."""
+    given, glu = dict(zip(ROLES[op.name], op.inputs, strict=True)), op.name.endswith("glu")
+    if not _few(stage, op, op.inputs.index(given["x"]), op.inputs.index(given["w"])):
+        return None
+    k, n = given["w"].type.shape
+    return resident(stage, op, n // (1 + glu), k, glu, "eps" in op.attrs, "scale" in given)
+
+
+def _square_sums(stage: Stage, op: Op, count: int) -> str | None:
+    """Where an op's kernel leaves sums of its rows' squares, `count` a row, for the norm's product launched next."""
+    cast = stage.casts.get(op, op)
+    reader = next((o for o in stage.behind(op) if o is not cast), op)
+    fits = reader.name in STREAMED and reader.inputs[0] is cast.out and _resident(stage, reader) and count % 4 == 0
+    if not fits or any((op in b.ops) != (reader in b.ops) for b in stage.program.plan.branches):  # one scratch
+        return None
+    stage.squares[reader] = count
+    return f"resident.row_squares(self.scratch, {count})"
 
 
 def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = False) -> list[str]:
@@ -104,14 +140,19 @@ def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = Fals
 
 def can_rotate(stage: Stage, product: Op, attention: Op) -> bool:
     """Whether a product's kernel can rotate queries and keys, and the attention's kernel leave them as they are."""
+    b, m, heads, d = attention.inputs[0].type.shape
+    if product.name in STREAMED and not product.name.endswith("glu") and _resident(stage, product):
+        from cortexflow.kernels.cuda.segment_attention import fits
+
+        return fits(b, m, heads, d, attention.inputs[1].type.shape[1], SCRATCH)
     if product.name != "matmul" or not _some(stage, product, 0, 1):
         return False
     from cortexflow.kernels.gluon.split_attention import Split
     from cortexflow.kernels.gluon.warpgroup import rotates
 
-    (k, n), d = product.inputs[1].type.shape, attention.inputs[0].type.shape[-1]
-    fits = rotates(n, d // 2, warped(stage, product, n, k, False))
-    return fits and isinstance(segmented(stage, attention), Split)
+    k, n = product.inputs[1].type.shape
+    suits = rotates(n, d // 2, warped(stage, product, n, k, False))
+    return suits and isinstance(segmented(stage, attention), Split)
 
 
 def _parts(stage: Stage, x: Value, w: Value, config: Any) -> list[str]:
@@ -167,8 +208,12 @@ def _thin(
     """A small product in float32, which the library's kernels are slow to start for."""
     if not is_thin(stage, op):
         return None
+    from cortexflow.kernels.triton.thin import square_sums
+
     if bias is not None:
         ends["bias"] = stage.row(bias)
+    if sums := _square_sums(stage, op, square_sums(w.type.shape[1])):
+        ends["squares"] = sums
     given = "".join(f", {name}={value}" for name, value in ends.items())
     return [*stage.settled(bias), f"thin({stage.flat(x)}, {stage.name(w)}, rows({out}){given})"]
 

@@ -32,6 +32,8 @@ from torch import Tensor
 
 from cortexflow.kernels.cuda import attention as tiled_attention
 from cortexflow.kernels.cuda import product as tiled
+from cortexflow.kernels.cuda import segment_attention as resident_attention
+from cortexflow.kernels.cuda import streaming as resident
 from cortexflow.kernels.gluon import streaming, warpgroup
 from cortexflow.kernels.torch import functions
 from cortexflow.kernels.torch.functions import *
@@ -88,6 +90,7 @@ class Stage:
         self.chains = {} if "chains" in program.without else find_chains(func.block, program.plan)
         self.casts = {} if "joined" in program.without else absorbed_casts(self, func.block)
         self.after: dict[Op, list[Op]] = {}  # the ops behind each, in its block
+        self.squares: dict[Op, int] = {}  # a norm's product: how many sums of a row's squares it is handed
         self.folded: dict[Value, tuple[Value, str]] = {}  # a norm in the product that reads it: of what, its stats
         self.branches = {branch.ops[0]: branch for branch in program.plan.branches}
         self.joins = {branch.join for branch in program.plan.branches}

@@ -17,8 +17,11 @@ def _segments(stage: Stage, op: Op, out: str) -> list[str]:
     dense = (2,) * 5 + (3, 3, 1)  # axes that the kernels take to lie one behind the other
     q, k0, v0, *rest = (stage.read(v, axes) for v, axes in zip(op.inputs, dense, strict=True))
     operands = f"{', '.join([q, *rest[:2], k0, v0, *rest[2:]])}, {out}, {op.attrs['scale']!r}"
-    rotated = ", rotated=True" if op in stage.rotating else ""
     early = stage.settled(op.inputs[1], op.inputs[2])
+    if op in stage.rotating and stage.rotating[op] in stage.squares:
+        operands = f"{', '.join([q, *rest[:2], k0, v0, rest[4]])}, {out}, {op.attrs['scale']!r}"
+        return [*early, f"resident_attention.segment_attention({operands}, self.scratch[0])"]
+    rotated = ", rotated=True" if op in stage.rotating else ""
     return [*early, f"segment_attention({operands}, self.scratch, {segmented(stage, op)!r}{rotated})"]
 
 

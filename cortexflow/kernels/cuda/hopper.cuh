@@ -51,6 +51,11 @@ __device__ __forceinline__ void arrive_at(u32 barrier, u32 block_of_cluster) {
 __device__ __forceinline__ void fetch_map(const Map* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// So many bytes, at multiples of 16.
+__device__ __forceinline__ void copy_line(u32 to, const u16* from, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
 __device__ __forceinline__ void copy_in(u32 to, const Map* map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
@@ -134,4 +139,60 @@ __device__ __forceinline__ void store_fragments(u32 at, u32 a, u32 b, u32 c, u32
 }
 __device__ __forceinline__ void store_fragments(u32 at, u32 a, u32 b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
+
+// ---- products of few rows: fragments in registers ----------------------------------------------------
+
+struct Four { u32 a, b, c, d; };
+
+// Of what other kernels write: not by way of the multiprocessor's own cache.
+__device__ __forceinline__ Four load(const u16* from, bool there, Four r = {0, 0, 0, 0}) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(r.a), "+r"(r.b), "+r"(r.c), "+r"(r.d) : "l"(from), "r"((int)there) : "memory");
+  return r;
+}
+__device__ __forceinline__ u32 load_pair(const u16* from, bool there) {
+  u32 r = 0;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.cg.u32 %0, [%1];\n}"
+               : "+r"(r) : "l"(from), "r"((int)there) : "memory");
+  return r;
+}
+__device__ __forceinline__ float load_number(const float* from, bool there) {
+  float r = 0.f;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\n@p ld.global.cg.f32 %0, [%1];\n}"
+               : "+f"(r) : "l"(from), "r"((int)there) : "memory");
+  return r;
+}
+__device__ __forceinline__ Four load_shared(u32 from) {
+  Four r;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.a), "=r"(r.b), "=r"(r.c), "=r"(r.d) : "r"(from) : "memory");
+  return r;
+}
+__device__ __forceinline__ float load_sum(u32 from) {
+  float r;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(r) : "r"(from) : "memory");
+  return r;
+}
+__device__ __forceinline__ float2 load_sums(u32 from) {
+  float2 r;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(r.x), "=f"(r.y) : "r"(from) : "memory");
+  return r;
+}
+__device__ __forceinline__ void store_sum(u32 to, float x) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
+}
+__device__ __forceinline__ void store_sums(u32 to, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
+}
+// d [16, 8] += a [16, 16] @ b [16, 8]: of a, rows lane / 4 and lane / 4 + 8 in turn; of b and d, column lane / 4 and two.
+__device__ __forceinline__ void multiply_few(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." NUMBER "." NUMBER ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

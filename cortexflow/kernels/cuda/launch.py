@@ -15,7 +15,8 @@ from cortexflow.kernels.cuda.nvrtc import compiled, source
 PREPARING: ContextVar[Callable[[object, Callable[[], object]], None] | None] = ContextVar("preparing", default=None)
 """Where it is set, a launch hands it what its kernel is and what compiles it, and does nothing else."""
 
-_SHARED, _CLUSTER, _EARLY = 8, 4, 6  # CUfunction_attribute and CUlaunchAttributeID
+_SHARED, _CARVEOUT = 8, 9  # CUfunction_attribute
+_CLUSTER, _EARLY = 4, 6  # CUlaunchAttributeID
 _MAP_BYTES = 128
 _ROOMS: dict[torch.device, list[Tensor]] = {}  # what is left of the room for maps
 _CODES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
@@ -156,6 +157,8 @@ def _function(
         _check(_driver().cuModuleLoadData(ctypes.byref(module), code), f"loading kernel {name}")
         _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding kernel {name}")
         _check(_driver().cuFuncSetAttribute(function, _SHARED, shared), f"giving kernel {name} {shared} bytes to share")
+        # As much for sharing as there is: a kernel that wants more is not resident beside one that was given less.
+        _check(_driver().cuFuncSetAttribute(function, _CARVEOUT, 100), f"giving kernel {name} all memory to share")
     return function
 
 

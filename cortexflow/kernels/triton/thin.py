@@ -11,9 +11,9 @@ from cortexflow.kernels.triton.common import activate, let_next_start, overlaps,
 
 @triton.jit
 def thin_kernel(
-    x, w, out, bias, residual, x_row, w_row, out_row, residual_row, N,
+    x, w, out, bias, residual, squares, x_row, w_row, out_row, residual_row, N,
     K: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACT: tl.constexpr,
+    SQUARES: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """WIDE columns of one row."""
     let_next_start()
@@ -36,7 +36,21 @@ def thin_kernel(
     acc = activate(acc, ACT)
     if RESIDUAL:
         acc += tl.load(residual + row * residual_row + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_row + n, acc.to(out.dtype.element_ty), mask=inside)
+    made = acc.to(out.dtype.element_ty)
+    tl.store(out + row * out_row + n, made, mask=inside)
+    if SQUARES:
+        made = tl.where(inside, made.to(tl.float32), 0.0)
+        tl.store(squares + row * tl.num_programs(1) + tl.program_id(1), tl.sum(made * made, axis=0))
+
+
+def _width(n: int) -> int:
+    """Columns of a program."""
+    return 8 if n <= 64 else 128
+
+
+def square_sums(n: int) -> int:
+    """Sums of squares that make up a row of n."""
+    return triton.cdiv(n, _width(n))
 
 
 def thin(
@@ -47,17 +61,19 @@ def thin(
     bias: Tensor | None = None,
     act: str = "none",
     residual: Tensor | None = None,
+    squares: Tensor | None = None,
 ) -> None:
     """out [m, n] = residual + act(x [m, k] @ w [k, n] + bias [n]), summed in float32, rounded once.
 
-    Any float dtypes, rows strided; `residual` may be `out`.
+    Any float dtypes, rows strided; `residual` may be `out`. `squares`, float32 [m or more, `square_sums(n)`], gets sums
+    of out^2 that make up each row.
     """
     (m, k), n = x.shape, w.shape[1]
-    wide = 8 if n <= 64 else 128
+    wide = _width(n)
     deep = min(4096 // wide, triton.next_power_of_2(k))
     thin_kernel[(m, triton.cdiv(n, wide))](
-        x, w, out, out if bias is None else bias, out if residual is None else residual, x.stride(0), w.stride(0),
+        x, w, out, *(out if t is None else t for t in (bias, residual, squares)), x.stride(0), w.stride(0),
         out.stride(0), 0 if residual is None else residual.stride(0), n,
-        K=k, DEEP=deep, WIDE=wide, BIAS=bias is not None, RESIDUAL=residual is not None, ACT=act, num_warps=4,
-        launch_pdl=overlaps(),
+        K=k, DEEP=deep, WIDE=wide, BIAS=bias is not None, RESIDUAL=residual is not None, SQUARES=squares is not None,
+        ACT=act, num_warps=4, launch_pdl=overlaps(),
     )  # fmt: skip
