@@ -51,10 +51,12 @@ __device__ __forceinline__ void arrive_at(u32 barrier, u32 block_of_cluster) {
 __device__ __forceinline__ void fetch_map(const Map* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// So many bytes, at multiples of 16.
+// So many bytes, at multiples of 16, of what is read once: the cache that all share gives it up before anything else.
 __device__ __forceinline__ void copy_line(u32 to, const u16* from, int bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void copy_in(u32 to, const Map* map, int column, int row, u32 barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
