@@ -16,20 +16,17 @@ pytest.importorskip("triton")
 from cortexflow.kernels.cuda import launch, nvrtc, streaming
 from cortexflow.kernels.cuda import segment_attention as attention
 from cortexflow.kernels.cuda.streaming import ROWS, Stream, default
-from cortexflow.kernels.triton import thin
 from tests.kernels import test_triton_segment as segments
 from tests.kernels.numerics import (  # fmt: skip
     ACTS,
     BF16,
     EPS,
     F16,
-    F32,
     NAN,
     ROUNDED_ONCE,
     TOLERANCE,
     Draw,
     check,
-    distance,
     meaning,
     measure,
     rms,
@@ -161,17 +158,6 @@ def test_attention_of_rotated_tokens(case: segments.Case, dtype: torch.dtype) ->
         return [(x.out.clone(), wanted)]
 
     check(measure(run, x.drawn), TOLERANCE[dtype], f"seed {seed}")
-
-
-@pytest.mark.parametrize("n", [1024, 32, 200])
-@pytest.mark.gpu
-def test_small_products_hand_on_their_squares(n: int) -> None:
-    draw = Draw("cuda", F32, 4, pad=5)
-    x, w, count = draw.rows(10, 32), draw.rows(32, n), thin.square_sums(n)
-    out, sums = draw.poisoned(10, n, dtype=BF16), torch.full((16, count), NAN, device="cuda")
-    thin.thin(x, w, out, squares=sums)
-    assert distance(sums[:10].sum(1), out.double().square().sum(1)) < 1e-6
-    assert sums[10:].isnan().all()
 
 
 # ---- without a card ----------------------------------------------------------------------------------

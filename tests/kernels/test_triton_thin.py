@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 
 from cortexflow.kernels.triton import thin as room
 from tests.kernels.builds import SHARED, around_wait, check_fits, record
-from tests.kernels.numerics import ACTS, BF16, F16, F32, ROUNDED_ONCE, Draw, Measured, check, interpret, measure
+from tests.kernels.numerics import ACTS, BF16, F16, F32, NAN, ROUNDED_ONCE, Draw, Measured, check, interpret, measure
 
 
 class Case(NamedTuple):
-    """One product; dtypes of x, w, out, bias and residual."""
+    """One product; dtypes of x, w, out, bias and residual. `squares`: sums of the result's are wanted beside it."""
 
     m: int
     k: int
@@ -29,6 +29,7 @@ class Case(NamedTuple):
     in_place: bool = False
     act: str = "none"
     dtypes: tuple[torch.dtype, ...] = (F32,) * 5
+    squares: bool = False
 
 
 def run(case: Case, device: str, seed: int) -> Measured:
@@ -47,8 +48,13 @@ def run(case: Case, device: str, seed: int) -> Measured:
             out.copy_(residual)
         before = out if case.in_place else residual
         ends = {"bias": bias if case.bias else None, "residual": before if case.residual else None}
-        room.thin(x, w, out, act=case.act, **ends)
-        return [(out, y)]
+        if not case.squares:
+            room.thin(x, w, out, act=case.act, **ends)
+            return [(out, y)]
+        sums = torch.full((m + 1, room.square_sums(n)), NAN, device=device)
+        draw.margins = [*draw.margins[:2], sums[m:]]
+        room.thin(x, w, out, act=case.act, squares=sums[:m], **ends)
+        return [(out, y), (sums[:m].sum(1), out.double().square().sum(1))]
 
     return measure(launch, draw)
 
@@ -63,6 +69,8 @@ SMALL = {
     "k and columns in pieces": Case(3, 77, 150, bias=True, residual=True),
     "in place": Case(4, 35, 20, bias=True, residual=True, in_place=True),
     **{f"act {a}": Case(3, 33, 21, bias=True, residual=True, act=a) for a in ACTS},
+    "squares of a row in pieces": Case(3, 33, 300, bias=True, squares=True),
+    "squares of few columns": Case(2, 5, 20, squares=True),
     "float16 rows": Case(5, 37, 7, bias=True, residual=True, dtypes=(F16, F32, F32, F16, F32)),
     "float16 result": Case(5, 37, 7, bias=True, residual=True, dtypes=(F32, F32, F16, F32, F16)),
 }
@@ -73,6 +81,7 @@ LARGE = {
     "out of the model": Case(50, 1024, 32, bias=True, residual=True, in_place=True),
     "odd": Case(61, 333, 77, bias=True, residual=True),
     "act": Case(10, 32, 1023, bias=True, act="silu"),
+    "squares": Case(10, 32, 1024, bias=True, squares=True),
 }
 
 

@@ -1,7 +1,7 @@
 // A product of up to 16 rows that streams its weights: out = residual + gate * act(norm(x) @ w.T), w [n, k] by rows.
 //
-// A block computes COLUMNS columns of the result (with GLU, from as many rows of gate and of up), one of each
-// multiprocessor's. Its weights are on their way to shared memory, row by row through the copy engine, before it waits for
+// A block computes COLUMNS columns of the result (with GLU, from as many rows of gate and of up); each multiprocessor has
+// one. Its weights are on their way to shared memory, row by row through the copy engine, before it waits for
 // the kernel ahead: that takes no registers, so that the next kernels' blocks are resident beside it and fetch theirs.
 // After the wait there is one round of loads (the rows of x, straight into fragments), the products, and one exchange
 // through shared memory in which the warps' parts of k are added. A thread's fragments are eight neighbours along k, of
@@ -55,8 +55,8 @@ __device__ __forceinline__ void weights_are_there(u32 barrier) {
   for (int g = 0; g < GROUPS; g++) barrier_wait(barrier + 8 * g, 0);
 }
 
-// Where a fragment's numbers stand: the row of w that tile t has for a thread, and k in it. Of the last tile some rows may
-// not be there, in whose place any other will do.
+// Where a fragment's numbers stand: the row of w that tile t has for a thread, and k in it. Of the last tile some rows
+// may not be there, in whose place any other will do.
 __device__ __forceinline__ u32 line_of(int t, int row) {
   return (WIDE % 8 && t == TILES - 1 ? min(t * 8 + row, WIDE - 1) : t * 8 + row) * PITCH;
 }
@@ -84,7 +84,7 @@ streaming(const u16* x, const u16* w, u16* out, const u16* residual, const u16* 
   extern __shared__ unsigned char memory[];
   const u32 weights = (shared_address(memory) + 127) & ~127u, scales = weights + WIDE * PITCH;
   const u32 norms = scales + MODULATED * 2 * DEPTH;  // f32 [16]
-  const u32 sent = norms + 64;                  // f32 [CLUSTER - 1, 16, MINE]
+  const u32 sent = norms + 64;                       // f32 [CLUSTER - 1, 16, MINE]
   const u32 barrier = sent + (CLUSTER - 1) * 64 * MINE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;
   const int tile = blockIdx.x / CLUSTER * COLUMNS, rank = blockIdx.x % CLUSTER, k0 = rank * DEPTH;
