@@ -192,7 +192,7 @@ __device__ __forceinline__ void store_sum(u32 to, float x) {
 __device__ __forceinline__ void store_sums(u32 to, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
-// d [16, 8] += a [16, 16] @ b [16, 8]: of a, rows lane / 4 and lane / 4 + 8 in turn; of b and d, column lane / 4 and two.
+// d [16, 8] += a [16, 16] @ b [16, 8]. Of a, rows lane / 4 and lane / 4 + 8 in turn; of b, column lane / 4.
 __device__ __forceinline__ void multiply_few(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32." NUMBER "." NUMBER ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

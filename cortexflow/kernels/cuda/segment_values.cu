@@ -1,6 +1,6 @@
-// Attention of few tokens to a cache and to themselves, second half: 16 rows of the result, COLUMNS numbers of their head.
+// Attention of few tokens to a cache and to themselves, second half: 16 rows of the result, COLUMNS numbers of a head.
 //
-// The weights of all parts of 32 keys, each below its own largest logit, times the values; a warp has every eighth part.
+// The weights of all parts of 32 keys, each below its own largest logit, times the values; a warp has every eighth.
 // The cache's values are fetched before the wait and stand in registers behind it.
 
 #define KEYS 32
@@ -22,7 +22,9 @@ __device__ __forceinline__ void fetch(u32 values_at, int part, int line, int hal
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(values_at + key * LINE + half * 16),
                "l"(from + (u64)(own < count ? own : 0) * stride + half * 8), "r"(own < count ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void fetched() { asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void fetched() {
+  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+}
 // Fragments of 16 keys and 16 columns; keys in the order in which a thread loads weights, eight neighbours.
 __device__ __forceinline__ Four transposed(u32 values_at, int part, int j, int lane) {
   const int line = lane % 8, key = part * KEYS + line / 2 * 8 + j * 4 + line % 2 + lane / 8 % 2 * 2;
@@ -33,8 +35,8 @@ __device__ __forceinline__ Four transposed(u32 values_at, int part, int j, int l
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-segment_values(const u16* weights, const float2* stats, const u16* own_v, const u16* cached_v, u16* out, int tokens, int cached,
-       int tiles, int v_row, int cached_row, int out_row) {
+segment_values(const u16* weights, const float2* stats, const u16* own_v, const u16* cached_v, u16* out, int tokens,
+               int cached, int tiles, int v_row, int cached_row, int out_row) {
   extern __shared__ __align__(16) unsigned char memory[];
   const u32 values_at = shared_address(memory), sums_at = values_at + PARTS * KEYS * LINE;  // f32 [WARPS, 2, 16, 8]
   const u32 shares_at = sums_at + WARPS * 1024, tops_at = shares_at + PARTS * 64;  // [PARTS, 16], [WARPS, 16]

@@ -1,7 +1,7 @@
 // Attention of few tokens to a cache and to themselves, first half: the weights of a part of KEYS keys, for 16 rows.
 //
-// A row is a head of a token. The warps share the D numbers of a head; their sums meet in shared memory. What is stored are
-// exponentials below the part's own largest logit, and that logit with their sum: the second half makes one of all parts.
+// A row is a head of a token. The warps share the D numbers of a head; their sums meet in shared memory. What is stored
+// are exponentials below the part's own largest logit, and that logit with their sum: the second half makes one of all.
 
 #define KEYS 32
 #define WARPS (D / 64)
@@ -9,8 +9,9 @@
 #define LINE 160  // bytes of a row of sums: two rounds of banks for a warp's
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-segment_weights(const u16* q, const u16* own_k, const u16* cached_k, const unsigned char* mask, u16* weights, float2* stats,
-        int tokens, int cached, int tiles, int parts, int q_row, int k_row, int cached_row, int mask_row, float scale) {
+segment_weights(const u16* q, const u16* own_k, const u16* cached_k, const unsigned char* mask, u16* weights,
+                float2* stats, int tokens, int cached, int tiles, int parts, int q_row, int k_row, int cached_row,
+                int mask_row, float scale) {
   __shared__ __align__(16) unsigned char memory[WARPS * 16 * LINE];
   const u32 sums_at = shared_address(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quarter = lane % 4;

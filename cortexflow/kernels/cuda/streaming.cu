@@ -1,8 +1,8 @@
 // A product of up to 16 rows that streams its weights: out = residual + gate * act(norm(x) @ w.T), w [n, k] by rows.
 //
-// A block computes COLUMNS columns of the result (with GLU, from as many rows of gate and of up); each multiprocessor has
-// one. Its weights are on their way to shared memory, row by row through the copy engine, before it waits for
-// the kernel ahead: that takes no registers, so that the next kernels' blocks are resident beside it and fetch theirs.
+// A block computes COLUMNS columns of the result (with GLU, from as many rows of gate and of up); each multiprocessor
+// has one. Its weights are on their way to shared memory, row by row through the copy engine, before it waits for the
+// kernel ahead: that takes no registers, so that the next kernels' blocks are resident beside it and fetch theirs.
 // After the wait there is one round of loads (the rows of x, straight into fragments), the products, and one exchange
 // through shared memory in which the warps' parts of k are added. A thread's fragments are eight neighbours along k, of
 // both factors alike. CLUSTER blocks share k, so that fewer rows of x are read: each finishes a part of the columns.
