@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,24 +173,29 @@ def test_what_no_tile_suits(size: tuple[int, int, int]) -> None:
     assert not candidates(*size, added=True)
 
 
-def _prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The sources that launches ask for, where nothing is launched."""
-    texts: list[str] = []
-    monkeypatch.setattr(launch, "compiled", lambda name, text: texts.append(text) or b"")
+@contextmanager
+def prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """Names and sources of the kernels that are launched in the block, where nothing is launched."""
+    texts: list[tuple[str, str]] = []
+    monkeypatch.setattr(launch, "compiled", lambda name, text: texts.append((name, text)) or b"")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return texts
+    launch._function.cache_clear()
+    token = launch.PREPARING.set(lambda key, load: load() and None)
+    try:
+        yield texts
+    finally:
+        launch.PREPARING.reset(token)
+        launch._function.cache_clear()
 
 
 @compiles
 @DTYPES
 def test_kernels_compile(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    texts = _prepared(monkeypatch)
     x, long, wide = (torch.empty(512, k, dtype=dtype) for k in (1152, 4304, 3456))
     w, w_long = torch.empty(4304, 1152, dtype=dtype), torch.empty(1152, 4304, dtype=dtype)
     stats = torch.empty(2 * 512 * 16)
-    token = launch.PREPARING.set(lambda key, load: load() and None)
-    try:
+    with prepared(monkeypatch) as texts:
         first, added = candidates(512, 4304, 1152, False)[0], candidates(512, 1152, 1152, True)[0]
         parted = next(c for c in candidates(512, 1152, 4304, True) if c.cluster > 1)
         product.product(x, w, long, bias=w[:, 0], act="gelu_tanh", normed=(stats, stats, EPS), config=first)
@@ -197,15 +204,13 @@ def test_kernels_compile(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tm
         q, k, v = wide.view(2, 256, 3, 16, 72).unbind(2)
         attention.attention(q, k, v, x.view(2, 256, 16, 72), 1.0)
         attention.attention(q, k[:, :100], v[:, :100], x.view(2, 256, 16, 72), 1.0)
-    finally:
-        launch.PREPARING.reset(token)
     assert len(texts) == 5
-    for text in texts:
+    for _, text in texts:
         assert nvrtc.compiled("kernel", text)[:4] == b"\x7fELF"
     kept = sorted((tmp_path / "cortexflow" / "kernels").iterdir())
     assert len(kept) == 5
     monkeypatch.setattr(nvrtc, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert nvrtc.compiled("kernel", texts[0]) in [f.read_bytes() for f in kept]
+    assert nvrtc.compiled("kernel", texts[0][1]) in [f.read_bytes() for f in kept]
 
 
 @compiles

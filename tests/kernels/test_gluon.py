@@ -22,6 +22,7 @@ pytest.importorskip("triton.experimental.gluon")
 from cortexflow.codegen.triton.executable import SCRATCH
 from cortexflow.codegen.triton.placement import fill
 from cortexflow.kernels.gluon import streaming, warpgroup
+from cortexflow.kernels.triton import common
 from tests.kernels import numerics
 from tests.kernels.builds import SHARED, Recorder, around_wait, check_fits, record
 from tests.kernels.numerics import ACTS, BF16, EPS, F16, ROUNDED_ONCE, Draw, Launch, measure, rms
@@ -282,7 +283,7 @@ def test_a_product_that_rotates_fits_its_card(m: int, monkeypatch: pytest.Monkey
 def test_a_launch_fills_every_multiprocessor_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """160 programs of 16 columns on 132 multiprocessors: two on each, of which 104 have nothing to do but wait."""
     recorder, draw = record(warpgroup, "warpgroup_kernel", 90, monkeypatch), Draw("cpu", BF16, 0, 16)
-    monkeypatch.setattr(warpgroup, "processors", lambda: 132)
+    monkeypatch.setattr(common, "processors", lambda: 132)
     for n, k, glu, programs in ((2560, 1024, False, 264), (4096, 1024, True, 132), (1024, 4096, False, 132)):
         config = warpgroup.default(n, k, glu)
         assert config is not None

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from math import prod
 
 from cortexflow.ir.core import Op, Value
+from cortexflow.kernels.cuda.launch import SHARED_BYTES
 
 FEW_ROWS = 16  # products with at most so many rows stream their weights through matrix instructions of 16 rows
 SOME_ROWS = 64  # of one warpgroup instruction
 MORE_ROWS = 128  # products with at most so many stream them too, through one or two warpgroups
 SCRATCH = 1 << 23  # float32 entries for the parts of split products and of attention
-SHARED_BYTES = 227 * 1024  # of a block on Hopper, for which the streaming kernels are laid out
 TENSOR_CORES = ("bf16", "f16")
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cortexflow.codegen.triton.claims import SCRATCH, SHARED_BYTES, SOME_ROWS, TENSOR_CORES
+from cortexflow.codegen.triton.claims import SCRATCH, SOME_ROWS, TENSOR_CORES
 from cortexflow.codegen.triton.tuning import choose, timed
 from cortexflow.ir.core import Op
 from cortexflow.ir.dtypes import TORCH_DTYPES
+from cortexflow.kernels.cuda.launch import SHARED_BYTES
 
 if TYPE_CHECKING:
     from cortexflow.codegen.triton.program import Stage

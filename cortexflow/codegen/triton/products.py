@@ -89,10 +89,8 @@ def _streamed(stage: Stage, op: Op, out: str) -> list[str]:
         elif sums := _square_sums(stage, op, n // config.mine):
             parts.append(f"new_squares={sums}")
         if op in stage.rotating:
-            cosine, sine = stage.rotating[op].inputs[5:7]
-            early = early or stage.settled(cosine, sine)
-            width = n - stage.rotating[op].inputs[4].type.shape[-1]
-            parts.append(f"angles=({stage.read(cosine, 3)}, {stage.read(sine, 3)}), rotated={width}")
+            early = early or stage.settled(*stage.rotating[op].inputs[5:7])
+            parts.append(_rotation(stage, op))
         return [*early, f"resident.streaming({', '.join(parts)}, config=resident.{config!r})"]
     if op in stage.rotating:  # nobody hands it sums
         stage.rotating.pop(stage.rotating.pop(op))
@@ -118,10 +116,17 @@ def _square_sums(stage: Stage, op: Op, count: int) -> str | None:
     cast = stage.casts.get(op, op)
     reader = next((o for o in stage.behind(op) if o is not cast), op)
     fits = reader.name in STREAMED and reader.inputs[0] is cast.out and _resident(stage, reader) and count % 4 == 0
-    if not fits or any((op in b.ops) != (reader in b.ops) for b in stage.program.plan.branches):  # one scratch
+    if not fits or not stage.share_scratch(op, reader):
         return None
     stage.squares[reader] = count
     return f"resident.row_squares(self.scratch, {count})"
+
+
+def _rotation(stage: Stage, product: Op) -> str:
+    """The angles, and how many columns they rotate: queries and keys, not values."""
+    _, _, _, _, v, cosine, sine, _ = stage.rotating[product].inputs
+    rotated = product.out.type.shape[-1] - v.type.shape[-1]
+    return f"angles=({stage.read(cosine, 3)}, {stage.read(sine, 3)}), rotated={rotated}"
 
 
 def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = False) -> list[str]:
@@ -132,8 +137,7 @@ def _warped(stage: Stage, op: Op, out: str, x: Value, w: Value, glu: bool = Fals
         return [*_parts(stage, x, w, config), f"warpgroup.combine(self.scratch[0], rows({out}), {config.split})"]
     unit = f"glu=True, act={op.attrs['kind']!r}, " if glu else ""
     if op in stage.rotating:
-        _, _, _, _, v, cosine, sine, _ = stage.rotating[op].inputs
-        unit = f"angles=({stage.read(cosine, 3)}, {stage.read(sine, 3)}), rotated={n - v.type.shape[-1]}, "
+        unit = f"{_rotation(stage, op)}, "
     operands = f"{stage.flat(x)}, {stage.weight(w, 'interleaved')}, rows({out})"
     return [f"warpgroup.warpgroup({operands}, {unit}config=warpgroup.{config!r})"]
 
@@ -285,8 +289,7 @@ def _matmul_gated_residual(stage: Stage, op: Op, out: str) -> list[str]:
     product = f"torch.mm({stage.flat(x)}, {stage.name(w)})"
     ends = f"residual={stage.flat(r)}, gate={stage.row(gate)}"
     if norm := stage.take_norm(op, "fused.modulated_norm", "rms_norm"):
-        places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
-        return [f"summed_norm({', '.join([product, places, ends, *affine(stage, norm)])})"]
+        return _summed(stage, norm, product, out, ends, 1)
     return [f"epilogue({product}, rows({out}), {ends})"]
 
 
@@ -343,9 +346,14 @@ def _multiplied(
     parts = f"product.parted({operands}, self.scratch[0], {split})"
     if config != LIBRARY_PARTS:
         parts = f"product.product({ours.format('scratch=self.scratch[0], finish=False, ')})"
-    centred = ["centred=True"] if norm.name == "layer_norm" else []
+    return _summed(stage, norm, parts, out, ends, split)
+
+
+def _summed(stage: Stage, norm: Op, parts: str, out: str, ends: str, split: int) -> list[str]:
+    """The sum of a product's parts of k with the norm that follows."""
+    more = [f"parts={split}"] * (split > 1) + ["centred=True"] * (norm.name == "layer_norm") + affine(stage, norm)
     places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
-    return [f"summed_norm({', '.join([parts, places, ends, f'parts={split}', *centred, *affine(stage, norm)])})"]
+    return [f"summed_norm({', '.join([parts, places, ends, *more])})"]
 
 
 def _tiled(stage: Stage, op: Op, out: str, x: Value, w: Value, config: Any, ends: str) -> list[str] | None:
@@ -361,9 +369,7 @@ def _tiled(stage: Stage, op: Op, out: str, x: Value, w: Value, config: Any, ends
         if norm is None:
             return None
         parts = f"tiled.product({operands}, scratch=self.scratch[0], config=tiled.{config!r})"
-        more = ["centred=True"] * (norm.name == "layer_norm") + affine(stage, norm)
-        places = f"rows({out}), rows({stage.name(norm.out)}), {norm.attrs['eps']!r}"
-        return [f"summed_norm({', '.join([parts, places, ends, f'parts={config.split}', *more])})"]
+        return _summed(stage, norm, parts, out, ends, config.split)
     if size := _folds(stage, op, config):
         ends += f", new_stats=self.scratch[0][:{size}]"
     return [f"tiled.product({operands}, {ends}, config=tiled.{config!r})"]
@@ -384,7 +390,7 @@ def _folds(stage: Stage, op: Op, config: Any) -> int:
     suits = suits and reader.name in ("fused.linear", "fused.linear_act") and reader.inputs[0] is norm.out
     suits = suits and sum(norm.out is v for o in stage.func.block.walk() for v in o.inputs) == 1
     suits = suits and any(op.out in o.inputs for o in stage.after[reader])
-    suits = suits and all((op in b.ops) == (reader in b.ops) for b in stage.program.plan.branches)  # one scratch
+    suits = suits and stage.share_scratch(op, reader)
     if not suits or _config(stage, reader, *reader.inputs[:2])[:1] != TILED:
         return 0
     stage.done.add(norm)

@@ -172,6 +172,10 @@ class Stage:
         views = self.program.plan.layouts.keys()
         return (o for o in self.after[op] if not (o.name in SOURCES or views & set(o.outputs) or self.of_table(o)))
 
+    def share_scratch(self, a: Op, b: Op) -> bool:
+        """Whether two ops are of one branch, or of none: each branch has a scratch of its own."""
+        return all((a in branch.ops) == (b in branch.ops) for branch in self.program.plan.branches)
+
     def block(self, block: Block, indent: str) -> None:
         """One line an op, or nothing for a view."""
         self.after |= {op: block.ops[i + 1 :] for i, op in enumerate(block.ops)}

@@ -46,6 +46,15 @@ __device__ __forceinline__ void arrive_at(u32 barrier, u32 block_of_cluster) {
                "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(block_of_cluster) : "memory");
 }
 
+// ---- clusters ----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // ---- bulk copies -------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void fetch_map(const Map* map) {
@@ -147,6 +156,8 @@ __device__ __forceinline__ float reciprocal(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+// -2 log2(e) y, where GELU's tanh form is x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3).
+__device__ __forceinline__ float gelu_exponent(float x) { return x * (-2.302208198f - 0.1029432397f * x * x); }
 
 // ---- products of few rows: fragments in registers ----------------------------------------------------
 

@@ -15,6 +15,8 @@ from cortexflow.kernels.cuda.nvrtc import compiled, source
 PREPARING: ContextVar[Callable[[object, Callable[[], object]], None] | None] = ContextVar("preparing", default=None)
 """Where it is set, a launch hands it what its kernel is and what compiles it, and does nothing else."""
 
+SHARED_BYTES = 227 << 10  # that a block may have on Hopper
+
 _SHARED, _CARVEOUT = 8, 9  # CUfunction_attribute
 _CLUSTER, _EARLY = 4, 6  # CUlaunchAttributeID
 _MAP_BYTES = 128

@@ -17,16 +17,11 @@
 
 __device__ __forceinline__ void multiply(float (&d)[ENTRIES], u64 a, u64 b, int add) { @MULTIPLY@ }
 
-// 1 + exp(-2 y), where GELU's tanh form is x / (1 + exp(-2 y)), y = sqrt(2 / pi) (x + 0.044715 x^3).
-// Bounded, so that the product of two is finite; there x / 2^60 is nothing.
-__device__ __forceinline__ float gelu_divisor(float x) {
-  return 1.f + exp2_of(fminf(x * (-2.302208198f - 0.1029432397f * x * x), 60.f));
-}
+// What GELU divides x by. Bounded, so that the product of two is finite; there x / 2^60 is nothing.
+__device__ __forceinline__ float gelu_divisor(float x) { return 1.f + exp2_of(fminf(gelu_exponent(x), 60.f)); }
 // One reciprocal for two: the special function unit is what the end of such a tile waits for.
 __device__ __forceinline__ void gelu(float& x, float& y) {
-  const float a = gelu_divisor(x), b = gelu_divisor(y);
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a * b));
+  const float a = gelu_divisor(x), b = gelu_divisor(y), r = reciprocal(a * b);
   x *= b * r;
   y *= a * r;
 }
@@ -57,10 +52,12 @@ product(const Map* x, const Map* w, const Map* out, const Map* residual, const u
     barrier_init(added, 1);
     barriers_are_there();
   }
-  if (CLUSTER > 1)
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  else
+  if (CLUSTER > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
     __syncthreads();
+  }
 
   if (warp == GROUPS * 4) {  // fetches
     if (lane != 0) return;

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cortexflow.kernels.cuda.launch import launch, matrix
+from cortexflow.kernels.cuda.launch import SHARED_BYTES, launch, matrix
 from cortexflow.kernels.cuda.nvrtc import multiply
 from cortexflow.kernels.triton.common import overlaps, processors
 
-SHARED_BYTES = 227 << 10  # that a block may have on Hopper
 BLOCK = 64  # of k
 MOST_STATS = 32  # tiles whose sums a row's mean is made of
 ACTIVATIONS = ("none", "gelu_tanh")

@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from cortexflow.kernels.cuda.launch import launch
-from cortexflow.kernels.triton.common import overlaps, processors
+from cortexflow.kernels.cuda.launch import SHARED_BYTES, launch
+from cortexflow.kernels.triton.common import alike, overlaps
 
 KEYS = 32  # of a part
 ROWS = 16  # (token, head) of a program
 COLUMNS = 16  # of the values, in a program
-SHARED_BYTES = 227 << 10  # that a block may have on Hopper
+WARPS, LINE = 8, 48  # of such a program; bytes of a key's values there
 MOST_PARTS = 64  # whose values a program's registers hold
 
 
@@ -34,7 +34,8 @@ def fits(b: int, m: int, heads: int, d: int, n: int, room: int) -> bool:
 
 
 def _shared_bytes(parts: int) -> int:
-    return parts * KEYS * 48 + 8 * 1024 + (parts + 16) * 64
+    """Of a program that multiplies by the values: these, the warps' sums, and of each row shares, tops and totals."""
+    return parts * KEYS * LINE + WARPS * ROWS * COLUMNS * 4 + (parts + 2 * WARPS) * ROWS * 4
 
 
 def scratch_size(m: int, heads: int, n: int) -> int:
@@ -74,18 +75,13 @@ def segment_attention(
     stats, weights = scratch.view(-1)[: tiles * ROWS * parts * 2], scratch.view(-1)[tiles * ROWS * parts * 2 :]
     macros = {"HALF": q.dtype == torch.float16, "D": d, "HEADS": heads}
     launch(
-        "segment_weights", macros, {}, grid=_alike(tiles * parts), block=d // 2, shared=0, early=overlaps(),
+        "segment_weights", macros, {}, grid=alike(tiles * parts), block=d // 2, shared=0, early=overlaps(),
         arguments=[q, own_k, cached_k, mask, weights, stats, m, n, tiles, parts, q.stride(1), own_k.stride(1),
                    cached_k.stride(1), mask.stride(1) if mask.shape[1] > 1 else 0, scale * math.log2(math.e)],
     )  # fmt: skip
     launch(
-        "segment_values", macros | {"PARTS": parts}, {}, grid=_alike(tiles * d // COLUMNS), block=256,
+        "segment_values", macros | {"PARTS": parts}, {}, grid=alike(tiles * d // COLUMNS), block=WARPS * 32,
         shared=_shared_bytes(parts), early=overlaps(),
         arguments=[weights, stats, own_v, cached_v, out, m, n, tiles, own_v.stride(1), cached_v.stride(1),
                    out.stride(1)],
     )  # fmt: skip
-
-
-def _alike(programs: int) -> int:
-    """As many programs as make all multiprocessors alike: the others only wait."""
-    return -(-programs // processors()) * processors()

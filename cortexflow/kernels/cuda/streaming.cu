@@ -23,7 +23,7 @@
 #define MINE (COLUMNS / CLUSTER)          // columns that a block finishes
 #define PAIRS (16 * MINE / 2)             // of neighbours in what it finishes
 #define ROUNDS ((PAIRS + WARPS * 32 - 1) / (WARPS * 32))
-#define GROUP (16384 / (2 * DEPTH))       // rows of w that are asked for at a time
+#define GROUP (PIECE / (2 * DEPTH))       // rows of w that are asked for at a time
 #define GROUPS ((WIDE + GROUP - 1) / GROUP)
 #define SHARE (WARPS * 2)                 // threads that add the squares of a row
 #define FOURS ((SQUARES + SHARE * 4 - 1) / (SHARE * 4))
@@ -42,8 +42,7 @@ __device__ __forceinline__ void send(u32 to, float x, float y, u32 barrier, int 
 }
 __device__ __forceinline__ float activated(float x) {
 #if ACT == 1
-  // -2 log2(e) sqrt(2 / pi) (x + 0.044715 x^3)
-  return x * reciprocal(1.f + exp2_of(x * (-2.302208198f - 0.1029432397f * x * x)));
+  return x * reciprocal(1.f + exp2_of(gelu_exponent(x)));
 #elif ACT == 2
   return x * reciprocal(1.f + exp2_of(x * -1.4426950409f));
 #else
@@ -62,9 +61,14 @@ __device__ __forceinline__ u32 line_of(int t, int row) {
 }
 __device__ __forceinline__ u32 place_of(int c, int i, int first) { return (c * (DEPTH / CHUNKS) + i * 32 + first) * 2; }
 
-// Where a warp keeps its sum of row m and some column: tiles begin at different rows, as whole ones meet in a bank.
+// Where a warp keeps its sum of row m and some column: tiles begin at different rows, as whole ones meet in a bank. It
+// takes the place of weights that the warp alone has read; of a tile in two of their rows, eight of the result in each.
 __device__ __forceinline__ u32 kept_at(int column, int m) {
   return (column / 8 * 2 + m / 8) * PITCH + (m + column / 8 * 2) % 8 * 32 + column % 8 * 4;
+}
+__device__ __forceinline__ void add(float2& y, u32 from) {
+  const float2 s = load_sums(from);
+  y.x += s.x, y.y += s.y;
 }
 
 // Where column i of a block stands in w and in the result.
@@ -99,7 +103,7 @@ streaming(const u16* x, const u16* w, u16* out, const u16* residual, const u16* 
     barriers_are_there();
   }
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  cluster_arrive();
 #endif
   __syncthreads();
   if (CLUSTER > 1 && threadIdx.x == 0) expect(barrier + 8 * GROUPS, (CLUSTER - 1) * rows * MINE * 4);
@@ -146,7 +150,7 @@ streaming(const u16* x, const u16* w, u16* out, const u16* residual, const u16* 
       held[i / STEPS][i % STEPS][t] = load_shared(weights + line_of(t, row) + place_of(i / STEPS, i % STEPS, first));
 #endif
 #if CLUSTER > 1
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // the others' barriers are there
+  cluster_wait();  // the others' barriers are there
 #endif
   wait_for_previous();
 
@@ -230,7 +234,6 @@ streaming(const u16* x, const u16* w, u16* out, const u16* residual, const u16* 
   __syncthreads();
   const float r_low = load_sum(norms + row * 4), r_high = load_sum(norms + row * 4 + 32);
 #endif
-  // A warp's sums take the place of weights that it alone has read: of tile t in two rows, eight of the result in each.
   __syncwarp();
   const u32 place = weights + warp * EACH * 2;
 #pragma unroll
@@ -247,8 +250,8 @@ streaming(const u16* x, const u16* w, u16* out, const u16* residual, const u16* 
 #elif NORM
     s[0] *= r_low, s[1] *= r_low, s[2] *= r_high, s[3] *= r_high;
 #endif
-    store_sums(place + 2 * t * PITCH + (row + 2 * t) % 8 * 32 + quarter * 8, s[0], s[1]);
-    store_sums(place + (2 * t + 1) * PITCH + (row + 2 * t) % 8 * 32 + quarter * 8, s[2], s[3]);
+    store_sums(place + kept_at(t * 8 + quarter * 2, row), s[0], s[1]);
+    store_sums(place + kept_at(t * 8 + quarter * 2, row + 8), s[2], s[3]);
   }
   __syncthreads();
 #if CLUSTER > 1
@@ -257,13 +260,9 @@ streaming(const u16* x, const u16* w, u16* out, const u16* residual, const u16* 
     const int pair = i * WARPS * 32 + threadIdx.x, m = pair / ((COLUMNS - MINE) / 2), p = pair % ((COLUMNS - MINE) / 2);
     const int to = (rank + 1 + p / (MINE / 2)) % CLUSTER, q = p % (MINE / 2) * 2, column = to * MINE + q;
     if (m < rows) {
-      const u32 from = weights + kept_at(column, m);
       float2 y = {0.f, 0.f};
 #pragma unroll
-      for (int v = 0; v < WARPS; v++) {
-        const float2 s = load_sums(from + v * EACH * 2);
-        y.x += s.x, y.y += s.y;
-      }
+      for (int v = 0; v < WARPS; v++) add(y, weights + kept_at(column, m) + v * EACH * 2);
       const int slot = (rank - to - 1 + CLUSTER) % CLUSTER;  // the sender's, of those that the receiver has
       send(sent + ((slot * 16 + m) * MINE + q) * 4, y.x, y.y, barrier + 8 * GROUPS, to);
     }
@@ -282,32 +281,24 @@ streaming(const u16* x, const u16* w, u16* out, const u16* residual, const u16* 
 #pragma unroll
       for (int v = 0; v < WARPS; v++) y.x += load_sum(from + v * EACH * 2), y.y += load_sum(other + v * EACH * 2);
       const int column = column_of(tile, p);
-      const float c = column < ROTATE ? angles[i][0] : 1.f, s = column < ROTATE ? angles[i][1] : 0.f;
       u32 both = pack(y.x, y.y);
       if (column < ROTATE) {
         const float y1 = ::low(both), y2 = ::high(both);  // rounded before the rotation, as where it is a kernel's own
+        const float c = angles[i][0], s = angles[i][1];
         both = pack(y1 * c - y2 * s, y2 * c + y1 * s);
       }
       out[m * out_row + column] = (u16)both, out[m * out_row + column + D / 2] = (u16)(both >> 16);
 #else
       const int column = rank * MINE + p * 2;
-      const u32 from = weights + kept_at(column, m);
 #pragma unroll
       for (int v = 0; v < WARPS; v++) {
-        const float2 s = load_sums(from + v * EACH * 2);
-        y.x += s.x, y.y += s.y;
-#if GLU
-        const float2 t = load_sums(weights + kept_at(COLUMNS + column, m) + v * EACH * 2);
-        z.x += t.x, z.y += t.y;
-#endif
+        add(y, weights + kept_at(column, m) + v * EACH * 2);
+        if (GLU) add(z, weights + kept_at(COLUMNS + column, m) + v * EACH * 2);
       }
 #if CLUSTER > 1
       barrier_wait(barrier + 8 * GROUPS, 0);
 #pragma unroll
-      for (int v = 0; v < CLUSTER - 1; v++) {
-        const float2 s = load_sums(sent + ((v * 16 + m) * MINE + p * 2) * 4);
-        y.x += s.x, y.y += s.y;
-      }
+      for (int v = 0; v < CLUSTER - 1; v++) add(y, sent + ((v * 16 + m) * MINE + p * 2) * 4);
 #endif
       y.x = activated(y.x), y.y = activated(y.y);
 #if GLU

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cortexflow.kernels.cuda.launch import launch
-from cortexflow.kernels.triton.common import overlaps, processors
+from cortexflow.kernels.cuda.launch import SHARED_BYTES, launch
+from cortexflow.kernels.triton.common import alike, overlaps, processors
 
 ROWS = 16  # of one matrix instruction; where the norm is modulated the last one is `shift`
 WARPS = 8
 EACH = 128  # numbers of k that a warp has of a chunk
-SHARED_BYTES = 227 << 10  # that a block may have on Hopper
+PIECE = 16 << 10  # bytes of the weight that are asked for at a time
 ACTIVATIONS = ("none", "gelu_tanh", "silu")
 
 
@@ -32,7 +32,7 @@ class Stream(NamedTuple):
     cluster: int = 1  # programs that share k
     chunks: int = 1  # of k in a program
     ahead: int = 1  # of which so many of x are loaded at once
-    window: int = 1  # pieces of 16 KB of the weight that are in flight
+    window: int = 1  # pieces of the weight that are in flight
     held: bool = False  # whether weights are in registers before the wait
     registers: int = 255  # most of a thread
 
@@ -53,15 +53,15 @@ def default(n: int, k: int, glu: bool, norm: bool, modulated: bool = False) -> S
     if mine is None or (not norm and mine & (mine - 1)):
         return None
     chunks = depth // (WARPS * EACH)
-    config = Stream(mine * cluster, cluster, chunks, chunks, 3 if glu else chunks, not norm and chunks == 1)
-    config = config._replace(registers=112) if glu else config
+    window, held = 3 if glu else chunks, not norm and chunks == 1
+    config = Stream(mine * cluster, cluster, chunks, chunks, window, held, registers=112 if glu else 255)
     return config if shared_bytes(config, k, glu, modulated) <= SHARED_BYTES else None
 
 
 def shared_bytes(c: Stream, k: int, glu: bool, modulated: bool) -> int:
     """Shared memory of a program: weights, the norm's scale and factors, sums of the cluster's others, barriers."""
     depth, wide = k // c.cluster, c.columns * (1 + glu)
-    barriers = -(-wide * 2 * depth // 16384) + 1
+    barriers = -(-wide // max(PIECE // (2 * depth), 1)) + 1
     return wide * (2 * depth + 64) + 2 * depth * modulated + 64 + (c.cluster - 1) * 64 * c.mine + 8 * barriers + 128
 
 
@@ -113,15 +113,15 @@ def streaming(
     macros = {
         "HALF": x.dtype == torch.float16, "K": k, "COLUMNS": c.columns, "CLUSTER": c.cluster, "CHUNKS": c.chunks,
         "AHEAD": c.ahead, "WINDOW": c.window, "HELD": c.held, "REGISTERS": c.registers, "WARPS": WARPS,
+        "PIECE": PIECE,
         "NORM": eps is not None, "SQUARES": 0 if squares is None else squares.shape[1],
         "MODULATED": scale is not None, "SUMMED": new_squares is not None, "GLU": glu, "ACT": ACTIVATIONS.index(act),
         "ROTATE": rotated, "D": 0 if angles is None else 2 * angles[0].shape[-1], "GATE": gate is not None,
         "RESIDUAL": residual is not None,
     }  # fmt: skip
     cosine, sine = angles or (None, None)
-    programs, each = n // c.mine, processors() // c.cluster * c.cluster  # as many as make all multiprocessors alike
     launch(
-        "streaming", macros, {}, grid=-(-programs // each) * each, block=WARPS * 32,
+        "streaming", macros, {}, grid=alike(n // c.mine, c.cluster), block=WARPS * 32,
         shared=shared_bytes(c, k, glu, scale is not None), cluster=c.cluster, early=overlaps(),
         arguments=[x, w, out, residual, gate, scale, shift, squares, new_squares, cosine, sine, m, n, x.stride(0),
                    out.stride(0), 0 if residual is None else residual.stride(0), eps or 0.0],

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -31,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cortexflow.kernels.gluon.common import activate, barrier, let_next_start, wait_for_previous
-from cortexflow.kernels.triton.common import overlaps, processors
+from cortexflow.kernels.triton.common import alike, overlaps
 
 ROWS = 64  # of one warpgroup; more rows take two side by side, which share the weights
 MOST = 160 << 10  # bytes of shared memory for a program's weights
@@ -242,8 +241,7 @@ def warpgroup(
     if angles and not rotates(n, half, config):
         raise ValueError(f"heads of {2 * half} entries are not rotated in a product of {n} columns by {config}")
     cosine, sine = angles or (x, x)
-    turns = triton.cdiv(n // config.columns * config.split, processors())
-    warpgroup_kernel[(turns * processors(),)](
+    warpgroup_kernel[(alike(n // config.columns * config.split),)](
         x, w, out, cosine, sine, m, x.stride(0), out.stride(0), cosine.numel() // half if half else 1,
         N=n, K=k, COLUMNS=config.columns, SPLIT=config.split, CHUNK=config.chunk, AHEAD=config.ahead, ROWS=padded(m),
         GLU=glu, ACT=act, HALF=half, ROTATED=rotated, num_warps=padded(m) // 16, launch_pdl=overlaps(),

@@ -33,6 +33,12 @@ def processors() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
+def alike(programs: int, cluster: int = 1) -> int:
+    """So many programs and those that only wait, until every multiprocessor has as many; whole clusters."""
+    turn = processors() // cluster * cluster
+    return triton.cdiv(programs, turn) * turn
+
+
 def per_sample(x: Tensor) -> int:
     """Entries from one sample of x [b, ...] to the next; 0 where there is one, which all samples of a batch share."""
     return x.stride(0) if x.shape[0] > 1 else 0
